@@ -1,0 +1,186 @@
+"""Files of tensors -> the parameters of a model, one tensor at a time.
+
+Owns how .safetensors and .pth files are opened, the check that files and model hold the same names
+and shapes, and the one copy from file to device. Knows nothing about layouts or what a model is.
+
+Host memory: files are mapped, never read whole, and a shard is closed before the next is opened, so
+the peak stays below one shard above the size of the finished model.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from wan_model.checkpoint_keys import CheckpointError, Slot
+
+NUM_NAMED = 5
+"""At most so many keys are listed in an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """An opened file: its keys and shapes, and its tensors on request (mapped, on the CPU)."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    tensor: Callable[[str], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Raises CheckpointError for a file that is missing, truncated or of another kind."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.suffix == ".pth":
+        tensors = _map_pth(path)
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        yield TensorFile(shapes=shapes, tensor=tensors.__getitem__)
+        return
+    try:
+        opened = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error})") from error
+    with opened as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        yield TensorFile(shapes=shapes, tensor=file.get_tensor, metadata=file.metadata() or {})
+
+
+def _map_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is truncated or no PyTorch file ({reason})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path} is not a flat dictionary of tensors")
+    return tensors
+
+
+def find_shards(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of a component, by their index or by their names."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing")
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if not names:
+            raise CheckpointError(f"{index} has no weight_map")
+        for name in names:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}, a shard listed in {index}, is missing")
+        return [folder / name for name in names]
+    single = folder / f"{stem}.safetensors"
+    if single.is_file():
+        return [single]
+    shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+    if not shards:
+        raise CheckpointError(f"{single} is missing")
+    num_shards = shards[0].stem.rpartition("-of-")[2]
+    for number in range(1, int(num_shards) + 1):
+        shard = folder / f"{stem}-{number:0{len(num_shards)}d}-of-{num_shards}.safetensors"
+        if not shard.is_file():
+            raise CheckpointError(f"{shard} is missing")
+    return shards
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
+def load_parameters(
+    model: nn.Module,
+    slots: Mapping[str, Slot],
+    files: Sequence[Path],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    keeps_float32: Callable[[str], bool] = lambda name: False,
+    delta: Callable[[Slot, torch.device], Tensor | None] = lambda slot, device: None,
+) -> None:
+    """Give `model`, built on the meta device, real parameters filled from `files`.
+
+    `delta` is added in float32 to what a slot holds in the file (None: nothing to add). Raises
+    CheckpointError, before anything is allocated, unless the files hold exactly `slots`.
+    """
+    device = torch.device(device)
+    check_files(model, slots, files)
+    allocate(model, device=device, dtype=dtype, keeps_float32=keeps_float32)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for path in files:
+            with open_tensors(path) as file:
+                for key in file.shapes:
+                    slot = slots[key]
+                    target = slot.part(parameters[slot.name])
+                    copy_to_device(target, file.tensor(key), delta(slot, device))
+
+
+def copy_to_device(target: Tensor, source: Tensor, delta: Tensor | None) -> None:
+    """The one copy: `source` (mapped, any dtype) and its `delta` into `target` on its device."""
+    if delta is not None:
+        source = source.to(target.device, torch.float32) + delta
+    target.copy_(source)
+
+
+def check_files(model: nn.Module, slots: Mapping[str, Slot], files: Sequence[Path]) -> None:
+    """Every slot is in some file, every key in the files is a slot, and the shapes agree."""
+    parameters = dict(model.named_parameters())
+    missing = {slot: key for key, slot in reversed(slots.items())}
+    unexpected = []
+    for path in files:
+        with open_tensors(path) as file:
+            for key, shape in file.shapes.items():
+                slot = slots.get(key)
+                if slot is None:
+                    unexpected.append(key)
+                    continue
+                missing.pop(slot, None)
+                expected = slot.shape(parameters[slot.name])
+                if shape != expected:
+                    raise CheckpointError(
+                        f"{path}: {key} has shape {list(shape)}, the model needs {list(expected)}"
+                    )
+    if missing or unexpected:
+        place = files[0] if len(files) == 1 else files[0].parent
+        problems = [
+            f"{len(keys)} {word} key(s): {', '.join(sorted(keys)[:NUM_NAMED])}"
+            + (", ..." if len(keys) > NUM_NAMED else "")
+            for word, keys in (("missing", list(missing.values())), ("unexpected", unexpected))
+            if keys
+        ]
+        raise CheckpointError(f"{place} does not fit this model: {'; '.join(problems)}")
+
+
+def allocate(
+    model: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    keeps_float32: Callable[[str], bool],
+) -> None:
+    """Replace meta parameters by uninitialised ones; tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(old) not in made:
+                kept = keeps_float32(f"{prefix}.{name}" if prefix else name)
+                data = torch.empty_like(old, device=device, dtype=torch.float32 if kept else dtype)
+                made[id(old)] = nn.Parameter(data, requires_grad=False)
+            setattr(module, name, made[id(old)])

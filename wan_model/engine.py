@@ -1,0 +1,286 @@
+"""What one rank of one stage runs: the text encoder, an expert, or the VAE.
+
+Owns the loaded network and, for an expert, the open jobs. Every value that goes in or out is
+numbers, bytes or `Arrays`; tensors stay inside. Knows no job store, no HTTP, no Ray: `generate`
+drives these engines in one process, the service drives the same ones inside its workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wan_model import media
+from wan_model.config import Expert, ParallelDims, WanConfig
+from wan_model.lora import load_lora
+from wan_model.parallel import Mesh, SequenceParallel, make_mesh
+from wan_model.params import VideoParams
+from wan_model.schedule import Schedule, build_schedule
+from wan_model.solver import solver_step
+from wan_model.state import Arrays, Conditioning, DenoiseState, draw_noise
+from wan_model.transformer import TextContext
+from wan_model.weights import open_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, not {dtype!r}")
+    return DTYPES[dtype]
+
+
+class TextEncoderEngine:
+    """Prompts -> embeddings."""
+
+    def __init__(
+        self, *, checkpoint: str, device: str, dtype: str = "auto", revision: str | None = None
+    ) -> None:
+        opened = open_checkpoint(checkpoint, revision=revision)
+        self.encoder = opened.load_text_encoder(device=device, dtype=resolve_dtype(dtype, device))
+
+    def warm_up(self) -> None:
+        self.encode(["warm up"])
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> list[np.ndarray]:
+        """[num_tokens, text_dim] float32 per prompt, padding dropped."""
+        return [embeds.float().cpu().numpy() for embeds in self.encoder.encode(prompts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenJob:
+    """One job inside an expert: constant numbers and conditioning, and the moving state."""
+
+    params: VideoParams
+    schedule: Schedule
+    guidance: float
+    conditioning: Conditioning
+    text: TextContext
+    negative_text: TextContext | None
+    state: DenoiseState
+
+
+class ExpertEngine:
+    """Denoising steps of one expert for several open jobs, on this rank's share of the work."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: str,
+        expert: str,
+        device: str,
+        dtype: str = "auto",
+        revision: str | None = None,
+        loras: Sequence[tuple[str, float]] = (),
+        ulysses_degree: int = 1,
+        ring_degree: int = 1,
+        cfg_parallel: bool = False,
+        attention_backend: str = "auto",
+    ) -> None:
+        opened = open_checkpoint(checkpoint, revision=revision)
+        self.config: WanConfig = opened.config
+        self.expert = Expert(expert)
+        self.device = device
+        dims = ParallelDims(
+            ulysses_degree=ulysses_degree, ring_degree=ring_degree, cfg_parallel=cfg_parallel
+        )
+        self.mesh: Mesh | None = make_mesh(dims, num_heads=self.config.transformer.num_heads)
+        self.sp = SequenceParallel(self.mesh, attention_backend)
+        self.transformer = opened.load_transformer(
+            self.expert,
+            device=device,
+            dtype=resolve_dtype(dtype, device),
+            loras=[load_lora(path, strength) for path, strength in loras],
+        )
+        self.jobs: dict[str, OpenJob] = {}
+
+    def warm_up(self) -> None:
+        """One step of a one-frame job of the smallest size, at both ends of guidance."""
+        side = 2 * self.config.size_multiple
+        params = VideoParams.for_model(
+            self.config, width=side, height=side, num_frames=1, num_steps=1
+        )
+        text_dim = self.config.transformer.text_dim
+        embeds = np.zeros((1, text_dim), np.float32)
+        conditioning: Arrays = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
+        if self.config.task == "i2v":
+            z, t, h, w = params.latent_shape(self.config)
+            conditioning["image_channels"] = np.zeros((4 + z, t, h, w), np.float32)
+        self.open("warm-up", params=vars(params), conditioning=conditioning)
+        self.step("warm-up")
+        self.close("warm-up")
+
+    @torch.inference_mode()
+    def open(
+        self,
+        job_id: str,
+        *,
+        params: dict[str, Any],
+        conditioning: Arrays,
+        state: Arrays | None = None,
+    ) -> None:
+        """Makes a job ready to step. `state` None draws the noise of step 0 from the seed."""
+        video = VideoParams(**params)
+        cond = Conditioning.from_arrays(conditioning, self.device)
+        self._check(video, cond)
+        if state is None:
+            opened = DenoiseState(
+                latents=draw_noise(video.latent_shape(self.config), video.seed).to(self.device)
+            )
+        else:
+            opened = DenoiseState.from_arrays(state, self.device)
+        high = self.expert is Expert.HIGH_NOISE
+        guidance = video.guidance_high_noise if high else video.guidance_low_noise
+        needs_negative = guidance != 1.0
+        if needs_negative and cond.negative_prompt_embeds is None:
+            raise ValueError(f"guidance {guidance:g} needs negative_prompt_embeds")
+        self.jobs[job_id] = OpenJob(
+            params=video,
+            schedule=build_schedule(video),
+            guidance=guidance,
+            conditioning=cond,
+            text=self.transformer.embed_text([cond.prompt_embeds]),
+            negative_text=(
+                self.transformer.embed_text([cond.negative_prompt_embeds])
+                if needs_negative
+                else None
+            ),
+            state=_impose_first_frame(opened, cond),
+        )
+
+    @torch.inference_mode()
+    def step(self, job_id: str) -> dict[str, Any]:
+        """One denoising step. Returns the next step_index and this step's seconds."""
+        started = time.perf_counter()
+        job = self.jobs[job_id]
+        noise_pred = self._predict(job)
+        state = solver_step(job.params.solver, job.state, noise_pred, job.schedule)
+        state = _impose_first_frame(state, job.conditioning)
+        self.jobs[job_id] = replace(job, state=state)
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return {"step_index": state.step_index, "seconds": time.perf_counter() - started}
+
+    def export(self, job_id: str) -> Arrays:
+        """The job's DenoiseState; equal on every rank."""
+        return self.jobs[job_id].state.to_arrays()
+
+    def close(self, job_id: str) -> None:
+        self.jobs.pop(job_id, None)
+
+    def _check(self, params: VideoParams, conditioning: Conditioning) -> None:
+        params.check_fits(self.config)
+        if self.config.needs_image and conditioning.image_channels is None:
+            raise ValueError(f"{self.config.name} needs an image")
+        if not self.config.needs_image and conditioning.image_channels is not None:
+            raise ValueError(f"{self.config.name} takes no image channels")
+
+    def _predict(self, job: OpenJob) -> Tensor:
+        """The guided velocity [C, T, H, W]: uncond + guidance (cond - uncond), float32."""
+        if job.negative_text is None:
+            return self._forward(job, job.text)
+        if self.mesh is not None and self.mesh.dims.cfg_parallel:
+            mine = (job.text, job.negative_text)[self.mesh.cfg_rank]
+            noise_pred_cond, noise_pred_uncond = self.mesh.exchange_cfg(self._forward(job, mine))
+        else:
+            noise_pred_cond = self._forward(job, job.text)
+            noise_pred_uncond = self._forward(job, job.negative_text)
+        return noise_pred_uncond + job.guidance * (noise_pred_cond - noise_pred_uncond)
+
+    def _forward(self, job: OpenJob, text: TextContext) -> Tensor:
+        conditioning, state = job.conditioning, job.state
+        timestep = job.schedule.timesteps[state.step_index]
+        rows = [timestep] if conditioning.first_frame is None else [0.0, timestep]
+        latents = state.latents
+        if conditioning.image_channels is not None:
+            latents = torch.cat([latents, conditioning.image_channels])
+        timesteps = torch.tensor([rows], dtype=torch.float32, device=self.device)
+        return self.transformer(latents[None], timesteps, text, self.sp)[0]
+
+
+def _impose_first_frame(state: DenoiseState, conditioning: Conditioning) -> DenoiseState:
+    """TI2V keeps the image's latent frame clean: before the first step and after every one."""
+    if conditioning.first_frame is None:
+        return state
+    latents = torch.cat([conditioning.first_frame, state.latents[:, 1:]], dim=1)
+    return replace(state, latents=latents)
+
+
+class VAEEngine:
+    """Images -> conditioning, latents -> frames -> mp4."""
+
+    def __init__(
+        self, *, checkpoint: str, device: str, dtype: str = "float32", revision: str | None = None
+    ) -> None:
+        opened = open_checkpoint(checkpoint, revision=revision)
+        self.config = opened.config
+        self.device = device
+        self.vae = opened.load_vae(device=device, dtype=resolve_dtype(dtype, device))
+
+    def warm_up(self) -> None:
+        z, t, h, w = self.config.latent_shape(
+            width=2 * self.config.size_multiple, height=2 * self.config.size_multiple, num_frames=5
+        )
+        self.decode_frames({"latents": np.zeros((z, t, h, w), np.float32)})
+
+    @torch.inference_mode()
+    def encode_image(
+        self, *, task: str, params: dict[str, Any], image: bytes, last_image: bytes | None = None
+    ) -> Arrays:
+        """The image part of a job's Conditioning, for an "i2v" or a "ti2v" model.
+
+        Raises ValueError when the bytes are no image.
+        """
+        video = VideoParams(**params)
+        size = (video.width, video.height)
+        if task == "ti2v":
+            if last_image is not None:
+                raise ValueError("last_image has no effect: a ti2v model takes a first image only")
+            pixels = media.prepare_image_ti2v(media.open_image(image), *size)
+            return {"first_frame": self._encode(pixels[:, None])}
+        first = media.prepare_image_i2v(media.open_image(image), *size)
+        last = None
+        if last_image is not None:
+            if video.num_frames == 1:
+                raise ValueError("last_image has no effect: the video has one frame")
+            last = media.prepare_image_i2v(media.open_image(last_image), *size)
+        latents = self._encode(media.i2v_video(first, last, video.num_frames))
+        mask = media.i2v_mask(video.num_frames, *latents.shape[2:], has_last=last is not None)
+        return {"image_channels": np.concatenate([mask.numpy(), latents])}
+
+    def _encode(self, frames: Tensor) -> np.ndarray:
+        """[3, F, H, W] in [-1, 1] -> normalised latents [z, T, h, w]."""
+        return self.vae.encode(frames[None].to(self.device))[0].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def decode_frames(self, state: Arrays) -> np.ndarray:
+        """Latents -> uint8 frames [F, H, W, 3]."""
+        return np.concatenate(list(self._decoded(state)))
+
+    @torch.inference_mode()
+    def decode(self, *, params: dict[str, Any], state: Arrays) -> dict[str, Any]:
+        """Latents -> {"mp4": bytes, "thumbnail": webp bytes, "num_frames"}; muxes as it decodes."""
+        video = VideoParams(**params)
+        file, thumbnail, num_frames = BytesIO(), b"", 0
+        with media.Mp4Writer(file, width=video.width, height=video.height, fps=video.fps) as mp4:
+            for frames in self._decoded(state):
+                mp4.write(frames)
+                thumbnail = thumbnail or media.thumbnail(frames[0])
+                num_frames += len(frames)
+        return {"mp4": file.getvalue(), "thumbnail": thumbnail, "num_frames": num_frames}
+
+    def _decoded(self, state: Arrays):
+        latents = torch.tensor(state["latents"], device=self.device)[None]
+        for chunk in self.vae.decode_chunks(latents):
+            yield media.frames_to_uint8(chunk[0]).cpu().numpy()
