@@ -20,13 +20,15 @@ PURE_FILES = ("wan_model.config", "wan_model.params", "wan_model.schedule")
 
 OWNERS = {
     "fastapi": {"serve_app/ingress.py"},
-    "sqlalchemy": {"serve_app/jobs.py", "serve_app/job_database.py", "serve_app/job_schema.py"},
+    "sqlalchemy": {
+        "serve_app/jobs.py", "serve_app/job_database.py", "serve_app/job_transitions.py",
+    },
     "alembic": {"serve_app/job_database.py"},
     "fsspec": {"serve_app/artifacts.py"},
     "torch.distributed": {"wan_model/parallel.py", "cluster/process_group.py"},
     "av": {"wan_model/media.py"},
     "huggingface_hub": {"wan_model/weights.py"},
-}
+}  # fmt: skip
 """Each heavy dependency has its owner; others ask the owner."""
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -142,17 +141,26 @@ def _write_tokenizer(folder: Path, tokenizer: str) -> None:
 
 
 def _write_shards(folder: Path, stem: str, tensors: State, shard_bytes: int) -> None:
-    split = split_torch_state_dict_into_shards(
-        dict(tensors),
-        filename_pattern=f"{stem}{{suffix}}.safetensors",
-        max_shard_size=shard_bytes,
-    )
+    """One file, or several of at most `shard_bytes` (unless one tensor is larger) and an index."""
+    shards: list[list[str]] = [[]]
+    total_bytes = used_bytes = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and used_bytes + tensor.nbytes > shard_bytes:
+            shards.append([])
+            used_bytes = 0
+        shards[-1].append(key)
+        used_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
     folder.mkdir(parents=True, exist_ok=True)
-    for name, keys in split.filename_to_tensors.items():
-        save_file({key: tensors[key] for key in keys}, folder / name, {"format": "pt"})
-        (folder / name).chmod(0o644)  # the library makes it readable to its owner only
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    weight_map = {}
+    for number, keys in enumerate(shards, start=1):
+        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        path = folder / f"{stem}{part}.safetensors"
+        save_file({key: tensors[key] for key in keys}, path, {"format": "pt"})
+        path.chmod(0o644)  # the library makes it readable to its owner only
+        weight_map |= dict.fromkeys(keys, path.name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         _write_json(folder / f"{stem}.safetensors.index.json", index)
 
 

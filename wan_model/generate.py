@@ -207,7 +207,8 @@ def _run(args: argparse.Namespace) -> None:
         attention_backend=args.attention_backend,
     )
     first_rank = parallel.rank() == 0
-    with tqdm(total=request.params.num_steps, unit="step", disable=not first_rank) as bar:
+    bar = tqdm(total=request.params.num_steps, unit="step", disable=not first_rank, delay=0.1)
+    with bar:
         state = generate(request, placement, on_step=lambda done: bar.update(done - bar.n))
     if first_rank:
         _save(output, request, placement, state)
@@ -254,7 +255,14 @@ def _request(args: argparse.Namespace) -> Request:
 
 
 def _read_image(path: str | None) -> bytes | None:
-    return None if path is None else Path(path).read_bytes()
+    if path is None:
+        return None
+    data = Path(path).read_bytes()
+    try:
+        media.open_image(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return data
 
 
 def _save(output: Path, request: Request, placement: Placement, state: Arrays) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def load_lora(path: str | Path, strength: float = 1.0) -> LoRA:
         peft = _peft_settings(path, file.metadata)
     slots: dict[Slot, tuple[_Delta, ...]] = {}
     for module, parts in modules.items():
-        for target, delta in _deltas(module, parts, peft):
+        for target, delta in _deltas(path, module, parts, peft):
             slot = official_to_ours(target)
             slots[slot] = (*slots.get(slot, ()), delta)
         unused += [key for key, _ in parts.values()]
@@ -136,7 +136,9 @@ def load_lora(path: str | Path, strength: float = 1.0) -> LoRA:
     return LoRA(path=path, strength=strength, slots=slots)
 
 
-def _deltas(module: str, parts: dict[str, tuple[str, Tensor]], peft: _PEFTSettings):
+def _deltas(
+    path: Path, module: str, parts: dict[str, tuple[str, Tensor]], peft: _PEFTSettings
+) -> Iterator[tuple[str, _Delta]]:
     """Takes from `parts` what belongs together: yields (official tensor, delta)."""
     is_parameter = module.endswith("modulation")
     weight = module if is_parameter else f"{module}.weight"
@@ -145,7 +147,7 @@ def _deltas(module: str, parts: dict[str, tuple[str, Tensor]], peft: _PEFTSettin
         _, up = parts.pop("up")
         if up.flatten(1).shape[1] != down.shape[0]:
             raise CheckpointError(
-                f"{key} has rank {down.shape[0]}, its other half {up.flatten(1).shape[1]}"
+                f"{path}: {key} has rank {down.shape[0]}, its other half {up.flatten(1).shape[1]}"
             )
         rank = down.shape[0]
         scale = peft.scale(module, rank)

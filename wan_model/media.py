@@ -72,7 +72,8 @@ class Mp4Writer:
             str(self._path), "w", options={"movflags": "+faststart", "fflags": "+bitexact"}
         )
         # "cpu-independent": on AVX-512 machines x264's macroblock tree differs from run to run.
-        options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
+        # "rc-lookahead": at x264's 40 frames, half of a video would be encoded only at the end.
+        options = {"crf": str(crf), "x264-params": "cpu-independent=1:rc-lookahead=10"}
         self._stream = self._container.add_stream("libx264", rate=fps, options=options)
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = "yuv420p"

@@ -1,34 +1,35 @@
 """Checkpoints: a folder, a packaged model or a hub id -> configuration and loaded networks.
 
-Owns where each component lies in the official and in the Diffusers layout, and what is fetched
-from the hub. With `checkpoint_keys`, `checkpoint_config`, `checkpoint_files` (reading) and
-`checkpoint_writer` it is all that knows checkpoints. Knows nothing about sampling or ranks.
+Owns the way from a name to networks in memory, and what is fetched from the hub. It and its
+`checkpoint_*` neighbours are all that knows checkpoints: `layouts` (folders), `keys` (names of
+tensors), `config` (numbers), `files` (reading), `writer`. Knows nothing about sampling or ranks.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 
-from wan_model import checkpoint_config
-from wan_model.checkpoint_files import find_shards, load_parameters, open_tensors, read_json
+from wan_model.checkpoint_files import load_parameters
 from wan_model.checkpoint_keys import (
     CheckpointError,
     Layout,
+    Slot,
     text_encoder_slots,
     transformer_slots,
     vae_slots,
 )
-from wan_model.config import Expert, TextEncoderConfig, VAEConfig, WanConfig
+from wan_model.checkpoint_layouts import CheckpointLayout, DiffusersLayout, OfficialLayout, Origin
+from wan_model.config import Expert, WanConfig
 from wan_model.lora import LoRA
 from wan_model.transformer import WanTransformer, is_float32_island
 from wan_model.vae import WanVAE
@@ -49,15 +50,20 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     origin = _locate(str(source), revision)
     root = origin.fetch(["model_index.json", "config.json", "*/config.json"])
     if (root / "model_index.json").is_file():
-        files: _Files = DiffusersFiles(origin)
+        files: CheckpointLayout = DiffusersLayout(origin)
     elif (root / "high_noise_model" / "config.json").is_file() or (root / "config.json").is_file():
-        files = OfficialFiles(origin)
+        files = OfficialLayout(origin)
     else:
         raise CheckpointError(
             f"{root} is not a Wan checkpoint: it has no model_index.json, config.json or "
             "high_noise_model/config.json"
         )
     return Checkpoint(source=str(source), config=files.read_config(), files=files)
+
+
+def read_config(checkpoint: str, *, revision: str | None = None) -> WanConfig:
+    """What a checkpoint is, without opening it for loading. Raises CheckpointError."""
+    return open_checkpoint(checkpoint, revision=revision).config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +75,11 @@ class Checkpoint:
 
     source: str
     config: WanConfig
-    files: _Files
+    files: CheckpointLayout
 
     @property
     def layout(self) -> Layout:
-        return self.files.layout
+        return self.files.name
 
     def load_transformer(
         self,
@@ -94,7 +100,7 @@ class Checkpoint:
         for lora in loras:
             lora.check_fits(shapes)
 
-        def delta(slot, on):
+        def delta(slot: Slot, on: torch.device) -> Tensor | None:
             parts = [lora.delta(slot, shapes[slot], on) for lora in loras if slot in lora.slots]
             return sum(parts) if parts else None
 
@@ -137,179 +143,12 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------ layouts
-
-
-class _Files(Protocol):
-    """Where the components of a layout lie. Methods fetch what they name before they return it."""
-
-    layout: Layout
-
-    def read_config(self) -> WanConfig: ...
-    def transformer(self, expert: Expert) -> list[Path]: ...
-    def vae(self) -> list[Path]: ...
-    def vae_config(self) -> VAEConfig: ...
-    def text_encoder(self) -> list[Path]: ...
-    def text_encoder_config(self) -> TextEncoderConfig: ...
-    def tokenizer(self) -> Path: ...
-
-
-class DiffusersFiles:
-    """model_index.json, and a folder per component; `transformer` is the high-noise expert.
-
-    A component that `_shared` in model_index.json points to lies in that other folder instead.
-    """
-
-    layout: Layout = "diffusers"
-
-    def __init__(self, origin: _Origin) -> None:
-        self._origin = origin
-        self._root = origin.root
-        self._index = read_json(self._root / "model_index.json")
-
-    def read_config(self) -> WanConfig:
-        transformer_path = self._component("transformer") / "config.json"
-        transformer = read_json(transformer_path)
-        with _naming(transformer_path):
-            transformer_config = checkpoint_config.transformer_from_diffusers(transformer)
-        with _naming(self._root / "model_index.json"):
-            task, num_experts = checkpoint_config.diffusers_task(self._index, transformer)
-            row = checkpoint_config.choose_row(
-                task=task,
-                num_experts=num_experts,
-                dim=transformer_config.dim,
-                named=self._index.get(checkpoint_config.ROW_KEY),
-            )
-        vae, text_encoder = self.vae_config(), self.text_encoder_config()
-        with _naming(self._root):
-            return checkpoint_config.with_parts(
-                row, transformer=transformer_config, vae=vae, text_encoder=text_encoder
-            )
-
-    def transformer(self, expert: Expert) -> list[Path]:
-        name = "transformer" if expert is Expert.HIGH_NOISE else "transformer_2"
-        return self._shards(name, "diffusion_pytorch_model")
-
-    def vae(self) -> list[Path]:
-        return self._shards("vae", "diffusion_pytorch_model")
-
-    def vae_config(self) -> VAEConfig:
-        return self._config("vae", checkpoint_config.vae_from_diffusers)
-
-    def text_encoder(self) -> list[Path]:
-        return self._shards("text_encoder", "model")
-
-    def text_encoder_config(self) -> TextEncoderConfig:
-        return self._config("text_encoder", checkpoint_config.text_encoder_from_diffusers)
-
-    def tokenizer(self) -> Path:
-        self._origin.fetch(["tokenizer/*"])
-        return self._component("tokenizer")
-
-    def _component(self, name: str) -> Path:
-        shared = self._index.get(checkpoint_config.SHARED_KEY, {})
-        return (self._root / shared[name] / name).resolve() if name in shared else self._root / name
-
-    def _shards(self, name: str, stem: str) -> list[Path]:
-        self._origin.fetch([f"{name}/*.json", f"{name}/*.safetensors"])
-        return find_shards(self._component(name), stem)
-
-    def _config(self, name: str, parse: Callable[[dict], Any]) -> Any:
-        path = self._component(name) / "config.json"
-        content = read_json(path)
-        with _naming(path):
-            return parse(content)
-
-
-class OfficialFiles:
-    """A folder per expert (or the root, for one expert), .pth files, and google/umt5-xxl."""
-
-    layout: Layout = "official"
-    _VAE = "Wan2.*_VAE.pth"
-    _TEXT_ENCODER = "models_t5_*.pth"
-
-    def __init__(self, origin: _Origin) -> None:
-        self._origin = origin
-        self._root = origin.root
-        self._num_experts = 2 if (self._root / "high_noise_model").is_dir() else 1
-
-    def read_config(self) -> WanConfig:
-        path = self._expert_folder(Expert.HIGH_NOISE) / "config.json"
-        content = read_json(path)
-        with _naming(path):
-            task = checkpoint_config.official_task(content)
-            transformer = checkpoint_config.transformer_from_official(content)
-            row = checkpoint_config.choose_row(
-                task=task,
-                num_experts=self._num_experts,
-                dim=transformer.dim,
-                named=content.get(checkpoint_config.ROW_KEY),
-            )
-        # On the hub only the released models have this layout: their numbers are the row's, and
-        # the text encoder's 11 GB need not be fetched to know them.
-        is_local = isinstance(self._origin, _LocalOrigin)
-        vae = self.vae_config() if is_local else row.vae
-        text_encoder = self.text_encoder_config() if is_local else row.text_encoder
-        with _naming(self._root):
-            return checkpoint_config.with_parts(
-                row, transformer=transformer, vae=vae, text_encoder=text_encoder
-            )
-
-    def transformer(self, expert: Expert) -> list[Path]:
-        folder = self._expert_folder(expert)
-        prefix = "" if folder == self._root else f"{folder.name}/"
-        self._origin.fetch([f"{prefix}config.json", f"{prefix}diffusion_pytorch_model*"])
-        return find_shards(folder, "diffusion_pytorch_model")
-
-    def vae(self) -> list[Path]:
-        return [self._pth(self._VAE)]
-
-    def vae_config(self) -> VAEConfig:
-        return self._from_shapes(self._VAE, checkpoint_config.vae_from_shapes)
-
-    def text_encoder(self) -> list[Path]:
-        return [self._pth(self._TEXT_ENCODER)]
-
-    def text_encoder_config(self) -> TextEncoderConfig:
-        return self._from_shapes(self._TEXT_ENCODER, checkpoint_config.text_encoder_from_shapes)
-
-    def tokenizer(self) -> Path:
-        self._origin.fetch(["google/umt5-xxl/*"])
-        return self._root / "google" / "umt5-xxl"
-
-    def _expert_folder(self, expert: Expert) -> Path:
-        return self._root if self._num_experts == 1 else self._root / f"{expert.value}_model"
-
-    def _pth(self, pattern: str) -> Path:
-        self._origin.fetch([pattern])
-        found = sorted(self._root.glob(pattern))
-        if len(found) != 1:
-            raise CheckpointError(f"{self._root} has {len(found)} files {pattern}, not one")
-        return found[0]
-
-    def _from_shapes(self, pattern: str, parse: Callable[[dict], Any]) -> Any:
-        path = self._pth(pattern)
-        with open_tensors(path) as file, _naming(path):
-            return parse(file.shapes)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turns what parsing the content of `path` raises into a CheckpointError that names it."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except KeyError as error:
-        raise CheckpointError(f"{path} has no {error}") from error
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 # ------------------------------------------------------------------------------------ origins
 
 
 class _LocalOrigin:
+    is_local = True
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
@@ -321,6 +160,7 @@ class _HubOrigin:
     """Files of one commit of a hub repository, fetched by pattern into the library's cache."""
 
     root: Path
+    is_local = False
 
     def __init__(self, repo_id: str, revision: str | None) -> None:
         self._repo_id = repo_id
@@ -339,10 +179,7 @@ class _HubOrigin:
         return self.root
 
 
-_Origin = _LocalOrigin | _HubOrigin
-
-
-def _locate(source: str, revision: str | None) -> _Origin:
+def _locate(source: str, revision: str | None) -> Origin:
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:

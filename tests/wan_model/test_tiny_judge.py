@@ -11,7 +11,6 @@ from wan_model.tiny import data
 from wan_model.tiny.data import Scene, clip_rng, render, sample_scene
 from wan_model.tiny.judge import ATTRIBUTES, judge, psnr, score
 
-_NUM_CLIPS = 150  # of each split
 _RED_STAR = Scene(
     shape="star", colour="red", motion="right", background="stripes", x=0.3, y=0.5, radius=0.13
 )
@@ -19,14 +18,13 @@ _RED_STAR = Scene(
 
 def _blurred_and_noisy(frames: np.ndarray, sigma_px: float, noise: float) -> np.ndarray:
     taps = np.arange(-int(3 * sigma_px), int(3 * sigma_px) + 1)
-    weights = np.exp(-(taps**2) / (2 * sigma_px**2))
-    weights /= weights.sum()
+    weights = np.exp(-(taps**2) / (2 * sigma_px**2)).astype(np.float32)
+    taps_weights = list(zip(taps, weights / weights.sum(), strict=True))
     blurred = frames.astype(np.float32)
     for axis in (1, 2):
-        blurred = sum(
-            weight * np.roll(blurred, tap, axis) for weight, tap in zip(weights, taps, strict=True)
-        )
-    noisy = blurred + np.random.default_rng(0).normal(0, noise, frames.shape)
+        blurred = sum(weight * np.roll(blurred, tap, axis) for tap, weight in taps_weights)
+    rng = np.random.default_rng(0)
+    noisy = blurred + noise * rng.standard_normal(frames.shape, dtype=np.float32)
     return noisy.clip(0, 255).round().astype(np.uint8)
 
 
@@ -45,17 +43,18 @@ def _through_mp4(frames: np.ndarray) -> np.ndarray:
 
 
 _DEGRADATIONS = {
-    "clean": (lambda frames: frames, 0.99),
-    "blur and noise": (lambda frames: _blurred_and_noisy(frames, 1.0, 6.0), 0.97),
-    "mp4": (_through_mp4, 0.97),
+    # (what is done to the frames, number of clips, least share right)
+    "clean": (lambda frames: frames, 100, 0.99),
+    "blur and noise": (lambda frames: _blurred_and_noisy(frames, 1.0, 6.0), 40, 0.97),
+    "mp4": (_through_mp4, 40, 0.97),
 }
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 @pytest.mark.parametrize("kind", _DEGRADATIONS)
 def test_the_judge_is_right_on_ground_truth(split, kind):
-    degrade, least = _DEGRADATIONS[kind]
-    scenes = [sample_scene(clip_rng(21, index), split) for index in range(_NUM_CLIPS)]
+    degrade, num_clips, least = _DEGRADATIONS[kind]
+    scenes = [sample_scene(clip_rng(21, index), split) for index in range(num_clips)]
     shares = score(scenes, [degrade(render(scene)) for scene in scenes])
     assert min(shares[name] for name in ATTRIBUTES) >= least, shares
 
@@ -125,9 +124,9 @@ def test_an_object_that_changes_colour_has_no_colour():
 
 
 def test_half_a_motion_or_two_at_once_is_no_motion():
-    # Moves for 7 of 16 intervals, then stops: neither still nor a clear move.
     video = render(_RED_STAR)
-    assert judge(video[np.minimum(np.arange(17), 7)]).motion in (None, "right")
+    at_40_percent = np.round(0.4 * np.arange(17)).astype(int)
+    assert judge(video[at_40_percent]).motion is None
     growing = render(replace(_RED_STAR, motion="grow", radius=0.09, x=0.5))
     shifts = np.round(np.linspace(-20, 20, 17)).astype(int)
     both = np.stack([np.roll(f, s, axis=0) for f, s in zip(growing, shifts, strict=True)])

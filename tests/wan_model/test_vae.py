@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from wan_model.checkpoint_config import vae_to_diffusers
+from wan_model.checkpoint_keys import official_to_diffusers_vae
 from wan_model.config import VAE_2_1, VAE_2_2, VAEConfig
 from wan_model.vae import WanVAE, average_down, duplicate_up, patchify, unpatchify
 
@@ -55,62 +56,18 @@ def scaled_vae(config: VAEConfig) -> WanVAE:
     return vae.eval()
 
 
+def new_diffusers_vae(config: VAEConfig) -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_config(vae_to_diffusers(config))
+
+
 def diffusers_vae(vae: WanVAE) -> AutoencoderKLWan:
-    config = vae.config
-    theirs = AutoencoderKLWan(
-        base_dim=config.encoder_dim,
-        decoder_base_dim=config.decoder_dim,
-        z_dim=config.z_dim,
-        dim_mult=list(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temperal_downsample=list(config.temporal_downsample),
-        latents_mean=list(config.latents_mean),
-        latents_std=list(config.latents_std),
-        is_residual=config.version == "2.2",
-        in_channels=3 * config.patch_size**2,
-        out_channels=3 * config.patch_size**2,
-        patch_size=config.patch_size if config.patch_size > 1 else None,
-        scale_factor_temporal=config.stride[0],
-        scale_factor_spatial=config.stride[1],
-    )
-    renamed = {diffusers_name(name, config): value for name, value in vae.state_dict().items()}
+    theirs = new_diffusers_vae(vae.config)
+    renamed = {
+        official_to_diffusers_vae(name, vae.config): value
+        for name, value in vae.state_dict().items()
+    }
     theirs.load_state_dict(renamed, strict=True)
     return theirs.eval()
-
-
-def diffusers_name(name: str, config: VAEConfig) -> str:
-    if name.startswith("conv"):
-        return name.replace("conv1", "quant_conv").replace("conv2", "post_quant_conv")
-    num_up = config.num_res_blocks + 1
-    if config.version == "2.2":
-        rules = {
-            r"(down|up)samples\.(\d)\.\w+\.\d\.(resample|time_conv)": r"\1_blocks.\2.\1sampler.\3",
-            r"(down|up)samples\.(\d)\.\w+\.": r"\1_blocks.\2.resnets.",
-        }
-    else:
-
-        def up_block(match: re.Match) -> str:
-            stage, layer = divmod(int(match[1]), num_up + 1)
-            kind = "upsamplers.0" if layer == num_up else f"resnets.{layer}"
-            return f"up_blocks.{stage}.{kind}."
-
-        rules = {r"downsamples\.": "down_blocks.", r"upsamples\.(\d+)\.": up_block}
-    rules |= {
-        r"coder\.conv1\.": "coder.conv_in.",
-        r"head\.0\.": "norm_out.",
-        r"head\.2\.": "conv_out.",
-        r"middle\.0\.": "mid_block.resnets.0.",
-        r"middle\.1\.": "mid_block.attentions.0.",
-        r"middle\.2\.": "mid_block.resnets.1.",
-        r"residual\.0\.": "norm1.",
-        r"residual\.2\.": "conv1.",
-        r"residual\.3\.": "norm2.",
-        r"residual\.6\.": "conv2.",
-        r"shortcut\.": "conv_shortcut.",
-    }
-    for pattern, replacement in rules.items():
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def random_video(config: VAEConfig, num_frames: int, *, batch: int = 2) -> Tensor:
@@ -307,16 +264,10 @@ def test_full_size_networks_have_the_released_number_of_parameters(
 def test_full_size_names_map_onto_the_full_size_diffusers_model(config: VAEConfig) -> None:
     with torch.device("meta"):
         vae = WanVAE(config)
-        theirs = AutoencoderKLWan(
-            base_dim=config.encoder_dim,
-            decoder_base_dim=config.decoder_dim,
-            z_dim=config.z_dim,
-            is_residual=config.version == "2.2",
-            in_channels=3 * config.patch_size**2,
-            out_channels=3 * config.patch_size**2,
-            patch_size=config.patch_size if config.patch_size > 1 else None,
-        )
-    ours = {diffusers_name(name, config): v.shape for name, v in vae.state_dict().items()}
+        theirs = new_diffusers_vae(config)
+    ours = {
+        official_to_diffusers_vae(name, config): v.shape for name, v in vae.state_dict().items()
+    }
     assert ours == {name: value.shape for name, value in theirs.state_dict().items()}
 
 

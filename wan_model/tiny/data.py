@@ -315,8 +315,8 @@ def _draw(frames, item: Scene | SecondObject, *, x_F, y_F, radius_F, angle_F) ->
     coverage_FPP = _coverage(item.shape, dx_F1P, dy_FP1, radius_F, angle_F)
     colour = np.array(COLOURS[item.colour], np.float32)
     for frame, coverage, left, top in zip(frames, coverage_FPP, left_F, top_F, strict=True):
-        rows = slice(max(top, 0), min(top + 2 * half, height))
-        columns = slice(max(left, 0), min(left + 2 * half, width))
+        rows = slice(*np.clip((top, top + 2 * half), 0, height))
+        columns = slice(*np.clip((left, left + 2 * half), 0, width))
         inside = coverage[
             rows.start - top : rows.stop - top, columns.start - left : columns.stop - left, None
         ]

@@ -139,7 +139,7 @@ def _largest_component(mask_FHW: np.ndarray) -> np.ndarray:
         chosen = np.flatnonzero(root_R[runs] == largest) + runs.start
         kept[start_R[chosen]] += 1
         kept[stop_R[chosen]] -= 1
-    return np.cumsum(kept[:-1]).reshape(padded.shape)[:, :height, 1:-1].astype(bool)
+    return np.cumsum(kept[:-1], dtype=np.int8).reshape(padded.shape)[:, :height, 1:-1].astype(bool)
 
 
 def _join(first_R: np.ndarray, stop_R: np.ndarray) -> np.ndarray:
@@ -245,7 +245,7 @@ def _nearest_colour(luma: float, cb: float, cr: float) -> str | None:
     return list(COLOURS)[nearest] if degrees[nearest] < 25 else None
 
 
-# The order of each shape's strongest harmonic and its strength on clean clips of any size (+-0.006).
+# The order of each shape's strongest harmonic and its strength on clean clips (+-0.006).
 # Every other harmonic, and all of a circle's, are then below 0.012; 4x4 pixel blocks make it 0.04.
 _SYMMETRY = {"triangle": (3, 0.271), "square": (4, 0.138), "star": (5, 0.271)}
 _ROUND = 0.05

@@ -1,0 +1,162 @@
+"""The front door: `build(config)` is the whole graph on one screen.
+
+Owns which deployment gets which options and which handles. Knows nothing about what any of them
+does inside; options were checked and completed in config.py.
+
+    client -> Ingress -> job table <- Pipeline -> TextEncoder
+                                               -> VAE (image)
+                                               -> HighNoiseExpert, LowNoiseExpert
+                                               -> VAE (video)
+"""
+
+# No `from __future__ import annotations` here: Serve reads build's annotation to parse `args`.
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from cluster.errand import call_in_worker
+from cluster.spec import GroupSpec
+from serve_app.artifacts import Artifacts
+from serve_app.config import ServiceConfig
+from serve_app.ingress import make_ingress_app
+from serve_app.jobs import JobStore, require_shared_database
+from serve_app.pipeline import Pipeline
+from serve_app.stages import VAE, Expert, Stage, StageStores, TextEncoder
+from serve_app.topology import ExpertGroups, ResolvedService, StageGroups
+
+# Stages: no request waits at a replica that is full, so that the next segment goes elsewhere; one
+# place more than jobs, for the readiness probe.
+SPARE_REQUESTS = 2
+
+
+def build(config: ServiceConfig) -> Application:
+    """The Serve application of a config file's `args`. Raises ValueError before anything starts."""
+    service = config.resolve(_wan_configs(config))
+    require_shared_database(service.job_store_url, sum(node["Alive"] for node in ray.nodes()))
+    stages: dict[str, Application] = {}
+    for groups in service.text_encoders.values():
+        stages[groups.name] = _stage(TextEncoder, groups, service)
+    for groups in service.vaes.values():
+        stages[groups.name] = _stage(VAE, groups, service)
+    for model in service.models.values():
+        for groups in model.experts.values():
+            stages[groups.name] = _stage(Expert, groups, service)
+    pipeline = serve.deployment(
+        Pipeline,
+        name="Pipeline",
+        num_replicas=service.pipeline.num_replicas,
+        ray_actor_options={"num_cpus": service.pipeline.num_cpus},
+        max_ongoing_requests=100,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+    ).bind(service, stages)
+    return serve.deployment(
+        Ingress,
+        name="Ingress",
+        num_replicas=service.ingress.num_replicas,
+        ray_actor_options={"num_cpus": service.ingress.num_cpus},
+        max_ongoing_requests=service.ingress.max_active,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+    ).bind(service, pipeline)
+
+
+@serve.ingress()
+class Ingress:
+    """One HTTP replica: the ASGI app of ingress.py with this service's stores. Keeps nothing."""
+
+    async def __init__(self, service: ResolvedService, pipeline: Any) -> None:
+        self.service = service
+        self.pipeline = pipeline
+        self.store = await JobStore.open(
+            service.job_store_url, retention_s=service.jobs.retention_s
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return make_ingress_app(
+            store=self.store,
+            artifacts=Artifacts(self.service.artifacts_url),
+            models=self.service.served_models,
+            settings=self.service.http,
+            readiness=self._readiness,
+        )
+
+    async def _readiness(self) -> dict[str, bool]:
+        return await self.pipeline.readiness.remote()
+
+
+def _stage(kind: type[Stage], groups: StageGroups, service: ResolvedService) -> Application:
+    spec = group_spec(kind, groups)
+    return serve.deployment(
+        kind,
+        name=groups.name,
+        max_ongoing_requests=groups.max_active_jobs + SPARE_REQUESTS,
+        graceful_shutdown_timeout_s=max(5.0, 2 * getattr(groups, "segment_s", 5.0)),
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=1,
+        health_check_timeout_s=10,
+        **_num_replicas(groups),
+        **spec.deployment_options(),
+    ).bind(
+        groups.name,
+        spec,
+        StageStores(job_store_url=service.job_store_url, artifacts_url=service.artifacts_url),
+    )
+
+
+def _num_replicas(groups: StageGroups) -> dict[str, Any]:
+    if groups.min_replicas == groups.max_replicas:
+        return {"num_replicas": groups.max_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": groups.min_replicas,
+            "max_replicas": groups.max_replicas,
+            "target_ongoing_requests": groups.max_active_jobs,
+        }
+    }
+
+
+def group_spec(kind: type[Stage], groups: StageGroups) -> GroupSpec:
+    """What a stage's group runs: the engine's import string and its options."""
+    engine_kwargs: dict[str, Any] = {
+        "checkpoint": groups.checkpoint,
+        "revision": groups.revision,
+        "device": "auto",
+        "dtype": groups.dtype,
+    }
+    strategy = "STRICT_PACK"
+    if isinstance(groups, ExpertGroups):
+        strategy = groups.placement_strategy
+        engine_kwargs |= {
+            "expert": groups.expert.value,
+            "loras": tuple((lora.path, lora.strength) for lora in groups.lora),
+            "ulysses_degree": groups.ulysses_degree,
+            "ring_degree": groups.ring_degree,
+            "cfg_parallel": groups.cfg_parallel,
+        }
+    return GroupSpec(
+        engine=f"wan_model.engine:{kind.__name__}Engine",
+        engine_kwargs=engine_kwargs,
+        num_workers=groups.num_workers,
+        num_gpus_per_worker=groups.num_gpus,
+        num_cpus_per_worker=groups.num_cpus,
+        strategy=strategy,
+        # The stage's name, for whoever looks at a worker process from outside.
+        worker_env={"WAN_STAGE": groups.name} | groups.worker_env,
+        start_timeout_s=groups.start_timeout_s,
+        step_timeout_s=groups.step_timeout_s,
+    )
+
+
+def _wan_configs(config: ServiceConfig) -> dict[str, Any]:
+    """What each model's checkpoint is. Read by a worker process: this one never loads torch."""
+    return {
+        name: call_in_worker(
+            "wan_model.weights:read_config", checkpoint=model.checkpoint, revision=model.revision
+        )
+        for name, model in config.models.items()
+    }

@@ -1,0 +1,233 @@
+"""From options to topology: fills in "auto", shares stages, refuses options without effect.
+
+Owns the rules between options, and nothing else: the options are config.py's, the results
+topology.py's. Pure: no environment, no files, no Ray. Every ValueError is one line that names the
+option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from serve_app.served_model import ServedModel, StageProfile
+from serve_app.topology import (
+    Device,
+    Dtype,
+    ExpertGroups,
+    LoRA,
+    ResolvedModel,
+    StageGroups,
+)
+from wan_model.config import Expert, WanConfig
+
+if TYPE_CHECKING:
+    from serve_app.config import ExpertStageConfig, ModelConfig, ServiceConfig, StageConfig
+
+SharedStage = Literal["text_encoder", "vae"]
+Groups = dict[str, StageGroups]
+
+_DEPLOYMENT_NAMES = {
+    "text_encoder": "TextEncoder",
+    "vae": "VAE",
+    Expert.HIGH_NOISE: "HighNoiseExpert",
+    Expert.LOW_NOISE: "LowNoiseExpert",
+}
+
+
+def topology(
+    config: ServiceConfig, wan_configs: Mapping[str, WanConfig], *, created: int
+) -> tuple[dict[str, ResolvedModel], Groups, Groups]:
+    """The models, and the text encoder and VAE deployments by name."""
+    if set(wan_configs) != set(config.models):
+        given, served = sorted(wan_configs), sorted(config.models)
+        raise ValueError(f"the models served are {served}, but the configurations are of {given}")
+    if config.jobs.has("max_queued_s"):
+        for name, model in config.models.items():
+            if model.profile is None:
+                raise ValueError(f"jobs.max_queued_s has no effect on {name} without its profile")
+    text_encoders, text_encoder_of = _shared(config, "text_encoder", wan_configs)
+    vaes, vae_of = _shared(config, "vae", wan_configs)
+    models = {
+        name: ResolvedModel(
+            served=_served_model(name, model, wan_configs[name], created),
+            experts=_experts(name, model, wan_configs[name], alone=len(config.models) == 1),
+            text_encoder=text_encoder_of[name],
+            vae=vae_of[name],
+        )
+        for name, model in config.models.items()
+    }
+    return models, text_encoders, vaes
+
+
+def _shared(
+    config: ServiceConfig, stage: SharedStage, wan_configs: Mapping[str, WanConfig]
+) -> tuple[Groups, dict[str, str]]:
+    """The deployments of a stage, one per distinct weights, and which of them a model uses."""
+
+    def weights_of(model: str) -> tuple[str, str | None]:
+        source = _source(config, model, stage, wan_configs)
+        return config.models[source].checkpoint, config.models[source].revision
+
+    users: dict[tuple[str, str | None], list[str]] = {}
+    for model in config.models:
+        users.setdefault(weights_of(model), []).append(model)
+    base = _DEPLOYMENT_NAMES[stage]
+    groups, deployment_of = {}, {}
+    for (checkpoint, revision), models in users.items():
+        name = base if len(users) == 1 else f"{base}-{models[0]}"
+        groups[name] = StageGroups(
+            name=name,
+            checkpoint=checkpoint,
+            revision=revision,
+            num_workers=1,
+            **_stage_options(
+                stage, getattr(config, stage), gpu_dtype="float32" if stage == "vae" else "bfloat16"
+            ),
+        )
+        deployment_of |= dict.fromkeys(models, name)
+    return groups, deployment_of
+
+
+def _source(
+    config: ServiceConfig, name: str, stage: SharedStage, wan_configs: Mapping[str, WanConfig]
+) -> str:
+    """The served model whose weights `name` uses for a shared stage."""
+    option = f"{stage}_from"
+    source = getattr(config.models[name], option)
+    if source is None:
+        return name
+    where = f"models.{name}.{option}: {source}"
+    if source not in config.models or source == name:
+        raise ValueError(f"{where} is not another served model; there are {list(config.models)}")
+    if (further := getattr(config.models[source], option)) is not None:
+        raise ValueError(f"{where} takes its own from {further}: name {further} here")
+    if getattr(wan_configs[source], stage) != getattr(wan_configs[name], stage):
+        raise ValueError(f"{where} has another kind of {stage}: remove {option}")
+    return source
+
+
+def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -> ServedModel:
+    given = model.defaults.model_dump(exclude_none=True, exclude={"solver"})
+    if row.num_experts == 1 and "boundary_ratio" in given:
+        raise ValueError(f"models.{name}.defaults.boundary_ratio has no effect on one expert")
+    config = replace(row, **given)
+    max_area, max_num_frames = model.max_area, model.max_num_frames
+    return ServedModel(
+        name=name,
+        config=config,
+        created=created,
+        default_solver=model.defaults.solver,
+        max_area=config.width * config.height if max_area == "auto" else max_area,
+        max_num_frames=2 * config.num_frames if max_num_frames == "auto" else max_num_frames,
+        max_num_steps=model.max_num_steps,
+        profile=_profile(name, model, config),
+    )
+
+
+def _profile(name: str, model: ModelConfig, config: WanConfig) -> StageProfile | None:
+    given = model.profile
+    if given is None:
+        return None
+    if config.num_experts == 1 and given.has("step_low_noise_s"):
+        raise ValueError(f"models.{name}.profile.step_low_noise_s has no effect on one expert")
+    low_s = given.step_low_noise_s
+    return StageProfile(
+        num_tokens=given.num_tokens,
+        text_encode_s=given.text_encode_s,
+        image_encode_s=given.image_encode_s,
+        step_high_noise_s=given.step_high_noise_s,
+        step_low_noise_s=given.step_high_noise_s if low_s == "auto" else low_s,
+        decode_s=given.decode_s,
+    )
+
+
+def _experts(
+    name: str, model: ModelConfig, config: WanConfig, *, alone: bool
+) -> dict[Expert, ExpertGroups]:
+    if config.num_experts == 1 and model.has("low_noise_expert"):
+        raise ValueError(f"models.{name}.low_noise_expert has no effect: the model has one expert")
+    return {
+        expert: _expert_groups(
+            f"models.{name}.{expert.value}_expert",
+            model,
+            config,
+            expert,
+            name=_DEPLOYMENT_NAMES[expert] + ("" if alone else f"-{name}"),
+        )
+        for expert in config.experts
+    }
+
+
+def _expert_groups(
+    where: str, model: ModelConfig, config: WanConfig, expert: Expert, *, name: str
+) -> ExpertGroups:
+    options: ExpertStageConfig = getattr(model, f"{expert.value}_expert")
+    num_workers, ulysses_degree = _degrees(where, options)
+    num_heads = config.transformer.num_heads
+    if num_heads % ulysses_degree:
+        raise ValueError(
+            f"{where}: {num_heads} heads do not divide by ulysses {ulysses_degree}:"
+            " take a divisor, and ring_degree or cfg_parallel for the rest"
+        )
+    if num_workers == 1 and options.has("placement_strategy"):
+        raise ValueError(f"{where}.placement_strategy has no effect on one worker")
+    return ExpertGroups(
+        name=name,
+        checkpoint=model.checkpoint,
+        revision=model.revision,
+        expert=expert,
+        num_workers=num_workers,
+        ulysses_degree=ulysses_degree,
+        ring_degree=options.ring_degree,
+        cfg_parallel=options.cfg_parallel,
+        placement_strategy=options.placement_strategy,
+        segment_s=options.segment_s,
+        lora=tuple(LoRA(path=lora.path, strength=lora.strength) for lora in options.lora),
+        **_stage_options(where, options, gpu_dtype="bfloat16"),
+    )
+
+
+def _degrees(where: str, options: ExpertStageConfig) -> tuple[int, int]:
+    """(num_workers, ulysses_degree) with "auto" filled in."""
+    cfg, ring = 2 if options.cfg_parallel else 1, options.ring_degree
+    workers, ulysses = options.num_workers, options.ulysses_degree
+    if ulysses == "auto":
+        ulysses = 1 if workers == "auto" else max(1, workers // (cfg * ring))
+    if workers == "auto":
+        workers = cfg * ring * ulysses
+    if cfg * ring * ulysses != workers:
+        unit = "GPUs" if options.num_gpus == 1 else "workers"
+        raise ValueError(
+            f"{where}: cfg {cfg} * ring {ring} * ulysses {ulysses} = {cfg * ring * ulysses}"
+            f" != {workers} {unit}"
+        )
+    return workers, ulysses
+
+
+def _stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dict[str, Any]:
+    """The fields that a StageConfig and a StageGroups share, resolved."""
+    low = high = options.num_replicas
+    if options.autoscaling is not None:
+        if options.has("num_replicas"):
+            raise ValueError(f"{where}.num_replicas has no effect beside autoscaling")
+        low, high = options.autoscaling.min_replicas, options.autoscaling.max_replicas
+        if low > high:
+            raise ValueError(f"{where}.autoscaling: min_replicas {low} > max_replicas {high}")
+    device: Device = "cuda" if options.num_gpus else "cpu"
+    if device == "cpu" and options.dtype == "float16":
+        raise ValueError(f"{where}.dtype float16 is for GPUs only: use float32 or bfloat16")
+    auto_dtype: Dtype = gpu_dtype if device == "cuda" else "float32"
+    return {
+        "min_replicas": low,
+        "max_replicas": high,
+        "num_gpus": options.num_gpus,
+        "num_cpus": options.num_cpus,
+        "device": device,
+        "dtype": auto_dtype if options.dtype == "auto" else options.dtype,
+        "max_active_jobs": options.max_active_jobs,
+        "start_timeout_s": options.start_timeout_s,
+        "step_timeout_s": options.step_timeout_s,
+        "worker_env": dict(options.worker_env),
+    }

@@ -1,0 +1,287 @@
+"""The stages: the deployments whose replicas each lead one GPU group.
+
+Owns what a stage does with a job between receiving arrays and returning them: caching embeddings,
+turns between jobs, progress, checkpoints. The computing is the engine's, named by import string
+and loaded inside the group's workers. Knows nothing about HTTP, retries or the order of stages.
+
+A stage's answer is a StageResult. The pipeline passes it on without looking at its arrays, so they
+travel from replica to replica through the object store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.group import Group, exit_on_death
+from cluster.ray_group import RayGroup
+from cluster.spec import GroupSpec
+from serve_app.artifacts import Arrays, Artifacts
+from serve_app.jobs import JobStore, Renewal, StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+CACHED_PROMPTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobTicket:
+    """What a stage must know of a job. `params` is a VideoParams as a dict."""
+
+    id: str
+    attempt: int
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """When a stage worked for a job (unix seconds), and on which steps [from_step, to_step)."""
+
+    stage: str
+    replica: str
+    started_at: float
+    ended_at: float
+    from_step: int = 0
+    to_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage hands over: arrays for the next stage, small values for the pipeline."""
+
+    report: StageReport
+    arrays: Arrays = field(default_factory=dict)
+    artifacts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStores:
+    """Where a stage's replica finds the job table and the artifacts."""
+
+    job_store_url: str
+    artifacts_url: str
+
+
+class JobCancelled(Exception):
+    """The job's client asked for its end."""
+
+
+class LeaseLost(Exception):
+    """Another attempt owns the job: this one must stop and write nothing."""
+
+
+class Displaced(Exception):
+    """The group died while this job was only waiting for its turn: not this job's fault."""
+
+
+StartGroup = Callable[..., Awaitable[Group]]
+
+
+class Stage:
+    """One replica: starts its group, warms it up, and only then is ready.
+
+    The replica asks for no GPU itself and never touches CUDA. When the group dies, callers get
+    GroupDead and the process exits, so that Serve replaces it.
+    """
+
+    async def __init__(
+        self,
+        name: str,
+        spec: GroupSpec,
+        stores: StageStores,
+        start_group: StartGroup = RayGroup.start,
+    ) -> None:
+        self.name = name
+        self.artifacts = Artifacts(stores.artifacts_url)
+        self.store = await JobStore.open(stores.job_store_url)
+        self.group = await start_group(spec, on_death=exit_on_death())
+        self.replica = _replica_id()
+        self.turn = asyncio.Lock()
+        await self.group.call("warm_up", timeout_s=spec.start_timeout_s)
+
+    async def ready(self) -> bool:
+        """True once a replica answers: its group has then really run once."""
+        await self.group.check()
+        return True
+
+    async def check_health(self) -> None:
+        await self.group.check()
+
+    async def __del__(self) -> None:
+        await self.group.aclose()
+        await self.store.close()
+
+    def report(self, started_at: float, *, from_step: int = 0, to_step: int = 0) -> StageReport:
+        return StageReport(
+            stage=self.name,
+            replica=self.replica,
+            started_at=started_at,
+            ended_at=time.time(),
+            from_step=from_step,
+            to_step=to_step,
+        )
+
+
+class TextEncoder(Stage):
+    """Prompts -> embeddings. Remembers the last ones: a default negative prompt costs once."""
+
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cache: OrderedDict[str, Any] = OrderedDict()
+        await super().__init__(*args, **kwargs)
+
+    async def encode(self, prompt: str, negative_prompt: str) -> StageResult:
+        started_at = time.time()
+        prompts = (prompt, negative_prompt)
+        missing = [text for text in dict.fromkeys(prompts) if text not in self.cache]
+        found = {text: self.cache[text] for text in prompts if text in self.cache}
+        if missing:
+            found |= zip(missing, await self.group.call("encode", missing), strict=True)
+        for text, embeds in found.items():
+            self.cache[text] = embeds
+            self.cache.move_to_end(text)
+        while len(self.cache) > CACHED_PROMPTS:
+            self.cache.popitem(last=False)
+        return StageResult(
+            report=self.report(started_at),
+            arrays={
+                "prompt_embeds": found[prompt],
+                "negative_prompt_embeds": found[negative_prompt],
+            },
+        )
+
+
+class Expert(Stage):
+    """Denoising segments. Jobs take turns by segment; the next job is opened meanwhile."""
+
+    async def run(
+        self,
+        job: JobTicket,
+        text: StageResult,
+        image: StageResult | None,
+        earlier: StageResult | None,
+        *,
+        checkpoint: str | None,
+        from_step: int,
+        to_step: int,
+    ) -> StageResult:
+        """Steps [from_step, to_step) of a job; its new state, also stored as a checkpoint.
+
+        The state comes from the segment before (`earlier`), else from the stored `checkpoint`,
+        else from the seed. Raises JobCancelled or LeaseLost between two steps.
+        """
+        state = earlier.arrays if earlier is not None else None
+        if state is None and checkpoint is not None:
+            state = await self.artifacts.get_arrays(checkpoint)
+        conditioning = text.arrays | (image.arrays if image is not None else {})
+        key = f"{job.id}/{job.attempt}/{from_step}"
+        try:
+            await self.group.call(
+                "open", key, params=job.params, conditioning=conditioning, state=state
+            )
+            async with _Turn(self.turn, self.group):
+                started_at = time.time()
+                for _ in range(from_step, to_step):
+                    stepped = await self.group.call("step", key)
+                    await self._record(job, stepped["step_index"])
+                ended = self.report(started_at, from_step=from_step, to_step=to_step)
+            arrays = await self.group.call("export", key, ranks="first")
+        finally:
+            if self.group.dead is None:
+                await asyncio.shield(self.group.call("close", key))
+        checkpoint = f"{checkpoints_of(job.id)}/{job.attempt}-{to_step}.safetensors"
+        await self.artifacts.put_arrays(checkpoint, arrays)
+        return StageResult(report=ended, arrays=arrays, artifacts={"checkpoint": checkpoint})
+
+    async def _record(self, job: JobTicket, step: int) -> None:
+        """Moves the job's progress and learns whether to stop."""
+        num_steps = job.params["num_steps"]
+        try:
+            renewal: Renewal = await self.store.record_progress(
+                job.id,
+                job.attempt,
+                stage=self.name,
+                step=step,
+                progress=progress_at(step, num_steps),
+            )
+        except StoreUnavailable as error:
+            # Progress may lag; the pipeline's fenced writes decide whether the work counts.
+            logger.warning("progress of %s is not recorded: %s", job.id, error)
+            return
+        if not renewal.held:
+            raise LeaseLost(job.id)
+        if renewal.cancel_requested:
+            raise JobCancelled(job.id)
+
+
+class _Turn:
+    """A fair lock over the group that a job waiting in line leaves as Displaced."""
+
+    def __init__(self, lock: asyncio.Lock, group: Group) -> None:
+        self.lock = lock
+        self.group = group
+
+    async def __aenter__(self) -> None:
+        await self.lock.acquire()
+        if self.group.dead is not None:
+            self.lock.release()
+            raise Displaced("the group died before this job's turn") from self.group.dead
+
+    async def __aexit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+class VAE(Stage):
+    """Images -> conditioning, final states -> mp4 and thumbnail in the artifact store."""
+
+    async def encode_image(self, job: JobTicket, task: str, image: str, last_image: str | None):
+        """`image`, `last_image`: artifact keys. Raises ValueError when they hold no image."""
+        data = await self.artifacts.get(image)
+        last_data = await self.artifacts.get(last_image) if last_image else None
+        started_at = time.time()
+        arrays = await self.group.call(
+            "encode_image", task=task, params=job.params, image=data, last_image=last_data
+        )
+        return StageResult(report=self.report(started_at), arrays=arrays)
+
+    async def decode(
+        self, job: JobTicket, final: StageResult | None, checkpoint: str
+    ) -> StageResult:
+        state = final.arrays if final is not None else await self.artifacts.get_arrays(checkpoint)
+        started_at = time.time()
+        made = await self.group.call(
+            "decode", params=job.params, state={"latents": state["latents"]}
+        )
+        report = self.report(started_at)
+        # Under the attempt's name: a fenced-off attempt must not replace the winner's file.
+        keys = {
+            "video": f"{job.id}/video-{job.attempt}.mp4",
+            "thumbnail": f"{job.id}/thumbnail-{job.attempt}.webp",
+        }
+        await self.artifacts.put(keys["video"], made["mp4"])
+        await self.artifacts.put(keys["thumbnail"], made["thumbnail"])
+        return StageResult(report=report, artifacts=keys | {"num_frames": made["num_frames"]})
+
+
+def checkpoints_of(job_id: str) -> str:
+    """The prefix of a job's checkpoints among its artifacts."""
+    return f"{job_id}/checkpoints"
+
+
+def progress_at(step: int, num_steps: int) -> int:
+    """0..100: encoding ends at 2, denoising at 95, decoding at 100."""
+    return 2 + 93 * step // num_steps
+
+
+def _replica_id() -> str:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return serve.get_replica_context().replica_id.unique_id
+    except RayServeException:  # outside Serve: tests that make a stage by hand
+        return "local"

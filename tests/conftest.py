@@ -1,0 +1,54 @@
+"""One Ray for the whole test session, shared by every test that needs one.
+
+Fixtures
+    ray_cluster     Ray with NUM_CPUS logical CPUs and NUM_FAKE_GPUS GPUs that do not exist (they
+                    can be placed and show up in CUDA_VISIBLE_DEVICES; CUDA cannot use them).
+                    Workers can import this repository and the modules beside the tests.
+    serve_running   the same with Serve on it, without an HTTP proxy. A test deploys with
+                    `serve.run(app, name="its own name", route_prefix=None)` and deletes what it
+                    deployed. For a quick end give deployments graceful_shutdown_wait_loop_s=0.2
+                    and graceful_shutdown_timeout_s=3.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_CPUS = 8
+NUM_FAKE_GPUS = 4
+
+# All of this is read when Ray is imported or started, or inherited by its processes.
+_FOLDERS = [str(ROOT), *(str(p) for p in sorted((ROOT / "tests").iterdir()) if p.is_dir())]
+sys.path.extend(folder for folder in _FOLDERS if folder not in sys.path)
+os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, os.environ.get("PYTHONPATH", "")])
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    import ray
+
+    ray.init(
+        address="local",  # never somebody else's cluster on this machine
+        num_cpus=NUM_CPUS,
+        num_gpus=NUM_FAKE_GPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 * 1024**2,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serve_running(ray_cluster):
+    from ray import serve
+
+    serve.start(proxy_location="Disabled")
+    yield
+    serve.shutdown()
