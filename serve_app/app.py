@@ -14,7 +14,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from cluster.errand import call_in_worker
 from cluster.spec import GroupSpec
@@ -30,19 +32,26 @@ from serve_app.topology import ExpertGroups, ResolvedService, StageGroups
 # place more than jobs, for the readiness probe.
 SPARE_REQUESTS = 2
 
+ENGINE_MODULE = "wan_model.engine"
+
 
 def build(config: ServiceConfig) -> Application:
     """The Serve application of a config file's `args`. Raises ValueError before anything starts."""
     service = config.resolve(_wan_configs(config))
     require_shared_database(service.job_store_url, sum(node["Alive"] for node in ray.nodes()))
+    return graph(service)
+
+
+def graph(service: ResolvedService, *, engine_module: str = ENGINE_MODULE) -> Application:
+    """Every deployment and its handles. `engine_module` has the engines that the groups run."""
     stages: dict[str, Application] = {}
     for groups in service.text_encoders.values():
-        stages[groups.name] = _stage(TextEncoder, groups, service)
+        stages[groups.name] = _stage(TextEncoder, groups, service, engine_module)
     for groups in service.vaes.values():
-        stages[groups.name] = _stage(VAE, groups, service)
+        stages[groups.name] = _stage(VAE, groups, service, engine_module)
     for model in service.models.values():
         for groups in model.experts.values():
-            stages[groups.name] = _stage(Expert, groups, service)
+            stages[groups.name] = _stage(Expert, groups, service, engine_module)
     pipeline = serve.deployment(
         Pipeline,
         name="Pipeline",
@@ -86,11 +95,16 @@ class Ingress:
         )
 
     async def _readiness(self) -> dict[str, bool]:
-        return await self.pipeline.readiness.remote()
+        try:
+            return await self.pipeline.readiness.remote()
+        except (RayError, RayServeException):  # it is being replaced
+            return {"Pipeline": False}
 
 
-def _stage(kind: type[Stage], groups: StageGroups, service: ResolvedService) -> Application:
-    spec = group_spec(kind, groups)
+def _stage(
+    kind: type[Stage], groups: StageGroups, service: ResolvedService, engine_module: str
+) -> Application:
+    spec = group_spec(kind, groups, engine_module)
     return serve.deployment(
         kind,
         name=groups.name,
@@ -120,7 +134,7 @@ def _num_replicas(groups: StageGroups) -> dict[str, Any]:
     }
 
 
-def group_spec(kind: type[Stage], groups: StageGroups) -> GroupSpec:
+def group_spec(kind: type[Stage], groups: StageGroups, engine_module: str) -> GroupSpec:
     """What a stage's group runs: the engine's import string and its options."""
     engine_kwargs: dict[str, Any] = {
         "checkpoint": groups.checkpoint,
@@ -139,7 +153,7 @@ def group_spec(kind: type[Stage], groups: StageGroups) -> GroupSpec:
             "cfg_parallel": groups.cfg_parallel,
         }
     return GroupSpec(
-        engine=f"wan_model.engine:{kind.__name__}Engine",
+        engine=f"{engine_module}:{kind.__name__}Engine",
         engine_kwargs=engine_kwargs,
         num_workers=groups.num_workers,
         num_gpus_per_worker=groups.num_gpus,

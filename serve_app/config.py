@@ -160,7 +160,9 @@ class ServiceConfig(_Options):
     """`args` of the Serve config file. The first model is the one a request gets that names none.
 
     `ingress.max_active` bounds the open HTTP requests (an event stream is one) per replica,
-    `pipeline.max_active` the jobs in flight per replica. `data_dir` defaults to WAN_DATA_DIR.
+    `pipeline.max_active` the jobs in flight per replica. `data_dir`, `job_store_url` and
+    `artifacts_url` default to WAN_DATA_DIR, WAN_JOB_STORE_URL and WAN_ARTIFACTS_URL: credentials
+    belong in the environment.
     """
 
     models: dict[ServedName, ModelConfig] = Field(min_length=1)
@@ -206,8 +208,12 @@ class ServiceConfig(_Options):
             ingress=ReplicaSettings(**self.ingress.model_dump()),
             pipeline=ReplicaSettings(**self.pipeline.model_dump()),
             data_dir=data_dir,
-            job_store_url=self.job_store_url or f"sqlite:///{data_dir / 'jobs.sqlite'}",
-            artifacts_url=self.artifacts_url or str(data_dir / "artifacts"),
+            job_store_url=self.job_store_url
+            or environ.get("WAN_JOB_STORE_URL")
+            or f"sqlite:///{data_dir / 'jobs.sqlite'}",
+            artifacts_url=self.artifacts_url
+            or environ.get("WAN_ARTIFACTS_URL")
+            or str(data_dir / "artifacts"),
         )
 
     def _data_dir(self, environ: Mapping[str, str]) -> Path:

@@ -315,8 +315,18 @@ class JobStore:
     async def record_checkpoint(
         self, job_id: str, attempt: int, *, key: str | None, step: int
     ) -> Renewal:
-        """The next attempt starts at `step` from the artifact `key` (None, 0: from the start)."""
-        return await self._write(job_id, attempt, {"checkpoint": key, "checkpoint_step": step})
+        """The next attempt starts at `step` from the artifact `key` (None, 0: from the start).
+
+        Progress forgives: failures count again from 0, so that a long job on shaky machines ends,
+        and only one that fails at the same place each time is given up.
+        """
+        further = _c.checkpoint_step < step
+        values = {
+            "checkpoint": key,
+            "checkpoint_step": step,
+            "failures": sa.case((further, 0), else_=_c.failures),
+        }
+        return await self._write(job_id, attempt, values)
 
     async def complete(self, job_id: str, attempt: int, *, artifacts: dict[str, Any]) -> bool:
         """End as completed, or as cancelled when that was asked for before."""

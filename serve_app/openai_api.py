@@ -27,12 +27,26 @@ class VideoError(BaseModel):
     message: str
 
 
+class Timing(BaseModel):
+    """One stage's work on a video; an expert's covers the steps [from_step, to_step). Unix seconds.
+
+    The wait for the stage lies between two of these.
+    """
+
+    stage: str
+    replica: str
+    started_at: float
+    ended_at: float
+    from_step: int
+    to_step: int
+
+
 class Video(BaseModel):
     """A video job. After `remixed_from_video_id` follow this service's own fields.
 
     `seconds` is the time from the first frame to the last, (num_frames - 1) / fps.
     `queue_position` counts the jobs before this one and is null in lists; `seconds_left` is an
-    estimate.
+    estimate; `timings` is there once the video is completed.
     """
 
     id: str
@@ -65,6 +79,7 @@ class Video(BaseModel):
     solver: str
     priority: int
     user: str | None
+    timings: list[Timing]
 
 
 class VideoList(BaseModel):
@@ -158,6 +173,7 @@ def video(job: Job, *, queue_position: int | None, seconds_left: float | None) -
         solver=params.solver,
         priority=job.priority,
         user=job.user,
+        timings=job.artifacts.get("timings", []),
     )
 
 

@@ -208,7 +208,9 @@ class Videos:
         if not job.finished:
             raise Conflict(f"the video is {job.status}, not completed", code="video_not_ready")
         name, media_type = _FILES[variant]
-        key = f"{job.id}/{name}"
+        key = job.artifacts.get(variant)
+        if key is None:
+            raise NotFound(f"this video has no {variant}", code="content_gone")
         try:
             size_bytes = await self._artifacts.size(key)
         except ArtifactMissing as error:

@@ -8,6 +8,7 @@ Fixtures
                     `serve.run(app, name="its own name", route_prefix=None)` and deletes what it
                     deployed. For a quick end give deployments graceful_shutdown_wait_loop_s=0.2
                     and graceful_shutdown_timeout_s=3.
+    postgres_server, database_url       see postgres.py
 """
 
 import os
@@ -15,6 +16,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from postgres import database_url, postgres_server
+
+__all__ = ["database_url", "postgres_server"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_CPUS = 8

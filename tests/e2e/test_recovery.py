@@ -57,7 +57,7 @@ def test_everything_killed_at_once_loses_no_job(
 ):
     more = {}
     if database == "postgresql":
-        more["job_store_url"] = request.getfixturevalue("postgres").create_database()
+        more["job_store_url"] = request.getfixturevalue("postgres_server").create_database()
     args = service_args({"t2v": checkpoints["t2v"]}, **more)
     with live(tmp_path, args) as service:
         running = start_job(service, 12)

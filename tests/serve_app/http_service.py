@@ -136,9 +136,10 @@ async def make_video(
             await store.cancelled(job.id, job.attempt)
             return
         await asyncio.sleep(step_s)
-    await artifacts.put(f"{job.id}/video.mp4", mp4(job.params))
-    await artifacts.put(f"{job.id}/thumbnail.webp", picture(32, 32, format="WEBP"))
-    await store.complete(job.id, job.attempt, artifacts={"video": f"{job.id}/video.mp4"})
+    keys = {"video": f"{job.id}/video.mp4", "thumbnail": f"{job.id}/thumbnail.webp"}
+    await artifacts.put(keys["video"], mp4(job.params))
+    await artifacts.put(keys["thumbnail"], picture(32, 32, format="WEBP"))
+    await store.complete(job.id, job.attempt, artifacts=keys)
 
 
 def mp4(params: dict[str, Any]) -> bytes:

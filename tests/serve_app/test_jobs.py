@@ -525,3 +525,15 @@ def test_sqlite_is_refused_on_more_than_one_node():
         require_shared_database("sqlite:///jobs.sqlite", 2)
     require_shared_database("sqlite:///jobs.sqlite", 1)
     require_shared_database("postgresql://host/jobs", 8)
+
+
+async def test_failures_count_again_from_zero_once_a_job_has_advanced(store, make_new_job):
+    await store.submit(make_new_job())
+    for step in (1, 2, 3):
+        job = await store.claim("w", lease_s=10, max_attempts=2)
+        await store.record_checkpoint(job.id, job.attempt, key=f"{job.id}/c", step=step)
+        await store.retry(job.id, job.attempt, reason="died", max_attempts=2)
+        assert (await store.get(job.id)).status == "queued"
+    job = await store.claim("w", lease_s=10, max_attempts=2)
+    await store.retry(job.id, job.attempt, reason="died", max_attempts=2)
+    assert (await store.get(job.id)).error_code == "too_many_attempts"

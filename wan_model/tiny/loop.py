@@ -26,6 +26,7 @@ Loss = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
 _WARM_UP_LAUNCHES = 3  # before a capture, so that libraries have made their plans and workspaces
 _SYNCHRONISE_EVERY = 8  # iterations; else the host would run minutes ahead of the device
+_SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +114,43 @@ class Loop:
             return self.iteration / self.schedule.num_iterations
         return (time.monotonic() - self._started_s) / self.schedule.seconds
 
-    def run(self, loss: Loss, *, until: float = 1.0) -> None:
-        """Iterates until `progress() >= until`. Raises FloatingPointError when the loss is lost."""
+    def run(self, loss: Loss, *, until: float = 1.0, checkpoint: Path | None = None) -> None:
+        """Iterates until `progress() >= until`, saving to `checkpoint` every minute and at the end.
+
+        Raises FloatingPointError when the loss is lost.
+        """
         if self.progress() >= until:
             return
         step = self._prepare(loss)
+        saved_s = time.monotonic()
         while self.progress() < until:
             self._rate.fill_(self._learning_rate())
             step()
             self._count()
             if self.iteration % _SYNCHRONISE_EVERY == 0:
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
+                self._synchronise()
                 if time.monotonic() - self._logged_s > self._log_every_s:
                     self._log()
+                if checkpoint and time.monotonic() - saved_s > _SAVE_EVERY_S:
+                    self.save(checkpoint)
+                    saved_s = time.monotonic()
         self._log()
+        if checkpoint:
+            self.save(checkpoint)
+
+    def measure_s(self, loss: Loss, *, num_iterations: int = 8) -> float:
+        """Seconds of one iteration, once prepared. The weights move on."""
+        step = self._prepare(loss)
+        self._synchronise()
+        started_s = time.perf_counter()
+        for _ in range(num_iterations):
+            step()
+        self._synchronise()
+        return (time.perf_counter() - started_s) / num_iterations
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _count(self) -> None:
         self.iteration += 1

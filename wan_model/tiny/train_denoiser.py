@@ -1,0 +1,318 @@
+"""Training of the tiny experts: velocities of noised latents, each expert on its own noise range.
+
+Owns the pool of encoded clips, the flow-matching loss and where fresh weights come from. Knows
+nothing about time limits, checkpoints or judging.
+
+An expert is trained on exactly what inference shows it: whole timesteps on the model's own shift,
+prompts padded to `text_len` with attended zero rows, and, for one clip in ten, the prompt that
+guidance subtracts. That is the default negative prompt ("<unk> </s>" to this tokenizer) or, half of
+the time, an empty one.
+
+Shapes: B clips of a batch, N clips of the pool, Z T H W latents, L tokens of the longest prompt,
+D text_dim.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from wan_model import attention
+from wan_model.config import NUM_TRAIN_TIMESTEPS, Expert, WanConfig
+from wan_model.parallel import SequenceParallel
+from wan_model.text_encoder import PAD_TOKEN_ID, build_umt5, clean_prompt
+from wan_model.tiny.clips import ClipWorkers
+from wan_model.tiny.loop import Loss
+from wan_model.tiny.train_vae import to_pixels
+from wan_model.transformer import TextContext, WanTransformer, is_float32_island
+from wan_model.vae import WanVAE
+
+LEARNING_RATE = 1.5e-3
+BATCH_SIZES = {"t2v": 128, "i2v": 128, "ti2v": 384}
+"""Per expert. A clip is 320 tokens, and 80 for the VAE of TI2V."""
+
+DROPPED_PROMPTS = 0.1
+CLEAN_FIRST_FRAMES = 0.6
+"""Share of TI2V's clips whose first latent frame is given; the others are text only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentPool:
+    """Encoded clips on the device: all that the loss reads.
+
+    latents [N,Z,T,H,W] float16, token_ids [N,L], dropped_ids [2,L]: what stands for no prompt;
+    image_latents as latents, the first image followed by grey frames, or None.
+    """
+
+    latents: Tensor
+    token_ids: Tensor
+    dropped_ids: Tensor
+    image_latents: Tensor | None = None
+
+
+def fill_pool(
+    workers: ClipWorkers,
+    vae: WanVAE,
+    tokenizer: Tokenizer,
+    config: WanConfig,
+    *,
+    num_clips: int,
+    seed: int,
+    device: torch.device,
+) -> LatentPool:
+    """Renders and encodes `num_clips` training clips."""
+    num_frames = config.num_frames
+    shape = config.latent_shape(width=config.width, height=config.height, num_frames=num_frames)
+    latents = torch.empty((num_clips, *shape), dtype=torch.float16, device=device)
+    images = torch.empty_like(latents) if config.needs_image else None
+    captions = [""] * num_clips
+    for start, frames, texts in workers.render(num_clips, seed=seed):
+        part = slice(start, start + len(texts))
+        frames = frames.to(device)
+        latents[part] = encode(vae, frames)
+        if images is not None:
+            images[part] = encode_first_frames(vae, frames)
+        captions[part] = texts
+    dropped = [config.negative_prompt, ""]
+    rows = [token_ids(tokenizer, text) for text in (*captions, *dropped)]
+    # One row beyond the longest, so that the last one is padding; eights suit the kernels.
+    length = -(-(max(map(len, rows)) + 1) // 8) * 8
+    ids = torch.tensor([row + [PAD_TOKEN_ID] * (length - len(row)) for row in rows], device=device)
+    return LatentPool(
+        latents=latents,
+        token_ids=ids[:num_clips],
+        dropped_ids=ids[num_clips:],
+        image_latents=images,
+    )
+
+
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(clean_prompt(text)).ids
+
+
+@torch.no_grad()
+def encode(vae: WanVAE, frames: Tensor) -> Tensor:
+    """uint8 [B,F,H,W,3] -> normalised latents [B,Z,T,h,w]."""
+    return vae.encode(to_pixels(frames), chunk=None)
+
+
+@torch.no_grad()
+def encode_first_frames(vae: WanVAE, frames: Tensor) -> Tensor:
+    """Latents of the first frame followed by zeros, which are grey: what an I2V expert is shown."""
+    pixels = to_pixels(frames)
+    pixels[:, :, 1:] = 0
+    return vae.encode(pixels, chunk=None)
+
+
+def with_mask(image_latents: Tensor) -> Tensor:
+    """[B,Z,T,H,W] -> [B,4+Z,T,H,W]: the mask that says that the first frame alone is given."""
+    mask = torch.zeros_like(image_latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, image_latents], dim=1)
+
+
+# ------------------------------------------------------------------------------------ networks
+
+
+def require_trainable_attention(device: torch.device) -> None:
+    """Where the kernel chosen for this device has no gradient, PyTorch's own choice takes over."""
+    name = attention.resolve_backend("auto", device)
+    try:
+        q, k = (
+            torch.randn(2, n, 4, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for n in (320, 512)
+        )
+        attention.attention(q, k, k).sum().backward()
+        torch.cuda.synchronize()
+    except Exception as error:  # every kernel has errors of its own
+        warnings.warn(f"attention {name} cannot be trained ({error}): using sdpa", stacklevel=2)
+        attention._KERNELS[name] = attention._KERNELS["sdpa"]
+
+
+def build_expert(config: WanConfig, *, device: torch.device, dtype: torch.dtype) -> WanTransformer:
+    """Fresh weights: as in the reference's `init_weights`, so the first prediction is zero."""
+    expert = WanTransformer(config.transformer)
+    for module in expert.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(expert.patch_embedding.weight.flatten(1))
+    for layer in (*expert.text_embedding, *expert.time_embedding):
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(expert.head.head.weight)
+    return to_precision(expert, device=device, dtype=dtype)
+
+
+def to_precision(
+    expert: WanTransformer, *, device: torch.device, dtype: torch.dtype
+) -> WanTransformer:
+    """As a checkpoint is loaded for inference: `dtype`, the float32 islands kept."""
+    for name, parameter in expert.named_parameters():
+        kept = torch.float32 if is_float32_island(name) else dtype
+        parameter.data = parameter.data.to(device, kept)
+    return expert
+
+
+def widen_for_images(weights: Mapping[str, Tensor], in_channels: int) -> dict[str, Tensor]:
+    """A T2V expert's weights for an I2V expert, which at first ignores the new channels."""
+    widened = dict(weights)
+    old = weights["patch_embedding.weight"]
+    new = old.new_zeros(old.shape[0], in_channels, *old.shape[2:])
+    new[:, : old.shape[1]] = old
+    widened["patch_embedding.weight"] = new
+    return widened
+
+
+def embed_prompts(text_encoder: UMT5EncoderModel, ids_BL: Tensor) -> Tensor:
+    """[B,L,D] float32, rows of padding zero."""
+    mask_BL = ids_BL != PAD_TOKEN_ID
+    hidden = text_encoder(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+    return hidden.float() * mask_BL[..., None]
+
+
+def text_context(expert: WanTransformer, embeds_BLD: Tensor) -> TextContext:
+    """`expert.embed_text` of prompts whose last row is padding, at a tenth of its cost.
+
+    The rows from L to text_len are equal to the last one, so they are computed once.
+    """
+    rows = expert.text_embedding(embeds_BLD.to(expert.dtype))
+    num_equal = expert.config.text_len - rows.shape[1]
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.cat([x, x[:, -1:].expand(-1, num_equal, -1, -1)], dim=1)
+
+    pairs = (block.cross_attn.keys_and_values(rows) for block in expert.blocks)
+    return [(pad(k), pad(v)) for k, v in pairs]
+
+
+# ---------------------------------------------------------------------------------------- loss
+
+
+def noise_ranges(config: WanConfig) -> dict[Expert, tuple[float, float]]:
+    """Per expert the range of u whose sigma = k u / (1 + (k - 1) u), k the shift, it denoises."""
+    if config.boundary_ratio is None:
+        return {Expert.HIGH_NOISE: (0.0, 1.0)}
+    sigma, k = config.boundary_ratio, config.shift
+    middle = sigma / (k - (k - 1) * sigma)
+    return {Expert.HIGH_NOISE: (middle, 1.0), Expert.LOW_NOISE: (0.0, middle)}
+
+
+def denoising_loss(
+    experts: Mapping[Expert, WanTransformer],
+    text_encoder: UMT5EncoderModel,
+    pool: LatentPool,
+    config: WanConfig,
+    *,
+    batch_size: int,
+    attention_backend: str = "auto",
+) -> Loss:
+    """Mean squared error of the velocity, noise - x0; the parts are the experts'."""
+    sp = SequenceParallel(None, attention_backend)
+    ranges = noise_ranges(config)
+
+    def loss(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        draw = _Draws(pool.latents.device, generator)
+        num_clips = len(pool.latents)
+        chosen = [draw.integers(num_clips, batch_size) for _ in experts]
+        ids = torch.cat([_drop_prompts(pool, clip_B, draw) for clip_B in chosen])
+        embeds = embed_prompts(text_encoder, ids).split(batch_size)
+        parts = [
+            _expert_loss(expert, ranges[name], pool, clip_B, embeds_BLD, config, sp, draw)
+            for (name, expert), clip_B, embeds_BLD in zip(
+                experts.items(), chosen, embeds, strict=True
+            )
+        ]
+        return torch.stack(parts).sum(), torch.stack(parts)
+
+    return loss
+
+
+class _Draws:
+    def __init__(self, device: torch.device, generator: torch.Generator) -> None:
+        self._where = {"device": device, "generator": generator}
+
+    def integers(self, high: int, size: int) -> Tensor:
+        return torch.randint(high, (size,), **self._where)
+
+    def uniform(self, size: int) -> Tensor:
+        return torch.rand(size, **self._where)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, **self._where)
+
+
+def _drop_prompts(pool: LatentPool, clip_B: Tensor, draw: _Draws) -> Tensor:
+    """[B,L]: the clips' prompts, some replaced by what guidance subtracts."""
+    size = len(clip_B)
+    is_dropped = draw.uniform(size) < DROPPED_PROMPTS
+    instead = pool.dropped_ids[draw.integers(len(pool.dropped_ids), size)]
+    return torch.where(is_dropped[:, None], instead, pool.token_ids[clip_B])
+
+
+def _expert_loss(
+    expert: WanTransformer,
+    noise_range: tuple[float, float],
+    pool: LatentPool,
+    clip_B: Tensor,
+    embeds_BLD: Tensor,
+    config: WanConfig,
+    sp: SequenceParallel,
+    draw: _Draws,
+) -> Tensor:
+    x0 = pool.latents[clip_B].float()
+    batch_size = len(x0)
+    low, high = noise_range
+    # One u in each of B equal parts of the range: the batch always covers it all.
+    places = torch.arange(batch_size, device=x0.device)
+    u = low + (high - low) * (places + draw.uniform(batch_size)) / batch_size
+    sigma = config.shift * u / (1 + (config.shift - 1) * u)
+    timestep = (sigma * NUM_TRAIN_TIMESTEPS).floor()
+    sigma = sigma.view(-1, 1, 1, 1, 1)
+    noise = draw.normal(x0.shape)
+    latents = (1 - sigma) * x0 + sigma * noise
+    context = text_context(expert, embeds_BLD)
+    if config.task == "ti2v":
+        is_clean = draw.uniform(batch_size) < CLEAN_FIRST_FRAMES
+        return _first_frame_loss(expert, latents, x0, noise, timestep, is_clean, context, sp)
+    if pool.image_latents is not None:
+        latents = torch.cat([latents, with_mask(pool.image_latents[clip_B].float())], dim=1)
+    velocity = expert(latents, timestep[:, None], context, sp)
+    return (velocity - (noise - x0)).square().mean()
+
+
+def _first_frame_loss(
+    expert: WanTransformer,
+    latents: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    is_clean: Tensor,
+    context: TextContext,
+    sp: SequenceParallel,
+) -> Tensor:
+    """TI2V: where `is_clean`, the first latent frame is the image's, at time 0, and no target."""
+    clean_B1111 = is_clean.view(-1, 1, 1, 1, 1)
+    first = torch.where(clean_B1111, x0[:, :, :1], latents[:, :, :1])
+    latents = torch.cat([first, latents[:, :, 1:]], dim=2)
+    first_timestep = torch.where(is_clean, 0.0, timestep)
+    velocity = expert(latents, torch.stack([first_timestep, timestep], dim=1), context, sp)
+    error = (velocity - (noise - x0)).square()
+    counts = torch.ones_like(error[:, :1, :, :1, :1])
+    counts[:, :, :1] = (~clean_B1111).float()
+    return (error * counts).sum() / (counts.expand_as(error).sum())
+
+
+def build_text_encoder(
+    config: WanConfig, *, device: torch.device, dtype: torch.dtype
+) -> UMT5EncoderModel:
+    """Fresh weights, without dropout. Plain attention: its mask is made without looking at it."""
+    encoder = build_umt5(config.text_encoder).to(device, dtype).eval()
+    encoder.set_attn_implementation("eager")
+    return encoder
