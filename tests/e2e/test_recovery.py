@@ -9,7 +9,7 @@ from live_service import LiveService, live, service_args
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "a red circle moves"
-JOB = {"model": "t2v", "num_inference_steps": 60, "num_frames": 33}
+JOB = {"model": "t2v", "num_inference_steps": 60, "num_frames": 33, "size": "128x128"}
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,9 @@ def test_a_running_job_is_cancelled_within_a_step(service):
 
 
 def test_progress_moves_forward_with_the_steps(service):
-    video_id = service.submit(PROMPT, model="t2v", num_inference_steps=20, num_frames=17)
+    video_id = service.submit(
+        PROMPT, model="t2v", num_inference_steps=20, num_frames=65, size="128x128"
+    )
     seen = []
     service.wait_for(
         video_id, lambda video: (seen.append(video["progress"]), video["status"] == "completed")[1]

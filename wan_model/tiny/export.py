@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from wan_model.checkpoint_writer import save_checkpoint
 from wan_model.config import NEGATIVE_PROMPT
-from wan_model.tiny.networks import MODELS, caption_tokenizer
+from wan_model.tiny.networks import MODELS, VAE_STAGES, caption_tokenizer
+from wan_model.tiny.run import part
 
-_VAE_STAGES = {"t2v": "vae", "i2v": "vae", "ti2v": "vae22"}
 # In each task's folder what the released models share is a reference to the T2V model's.
 _SHARED = {
     "t2v": (),
@@ -34,18 +33,18 @@ def export(runs: Path, root: Path) -> list[Path]:
     for task, row in MODELS.items():
         if not all(_weights_path(runs, stage).is_file() for stage in (task, "t2v")):
             continue
-        vae = load_file(_weights_path(runs, _VAE_STAGES[task]))
+        vae = load_file(_weights_path(runs, VAE_STAGES[task]))
         statistics = {name: tuple(vae[name].tolist()) for name in ("latents_mean", "latents_std")}
         config = replace(row, vae=replace(row.vae, **statistics))
         experts = load_file(_weights_path(runs, task))
-        text_encoder = _part(load_file(_weights_path(runs, "t2v")), "text_encoder")
+        text_encoder = part(load_file(_weights_path(runs, "t2v")), "text_encoder")
         shared = {name: f"../{MODELS['t2v'].name}" for name in _SHARED[task]}
         save_checkpoint(
             root / row.name,
             layout="diffusers",
             config=config,
-            transformers={name: _part(experts, name.value) for name in config.experts},
-            vae=None if "vae" in shared else _part(vae, "vae"),
+            transformers={name: part(experts, name.value) for name in config.experts},
+            vae=None if "vae" in shared else part(vae, "vae"),
             text_encoder=None if "text_encoder" in shared else text_encoder,
             tokenizer=None if "tokenizer" in shared else caption_tokenizer().to_str(pretty=True),
             dtype=torch.bfloat16,
@@ -60,12 +59,6 @@ def export(runs: Path, root: Path) -> list[Path]:
 
 def _weights_path(runs: Path, stage: str) -> Path:
     return runs / stage / "weights.safetensors"
-
-
-def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(f"{name}."): t for key, t in weights.items() if key.startswith(f"{name}.")
-    }
 
 
 # ---------------------------------------------------------------------------------- model card

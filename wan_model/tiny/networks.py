@@ -68,6 +68,9 @@ MODELS: dict[str, WanConfig] = {
 }
 """By task; `name` is the row and the folder of the packaged checkpoint."""
 
+VAE_STAGES = {"t2v": "vae", "i2v": "vae", "ti2v": "vae22"}
+"""By task, the stage that trains its VAE."""
+
 
 def caption_tokenizer() -> Tokenizer:
     """One token a word of the captions, then the end token; case and punctuation do not matter.

@@ -1,0 +1,297 @@
+"""The trainer of wan-tiny, on a CPU and on clips small enough for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from wan_model import media
+from wan_model.config import NEGATIVE_PROMPT, Expert
+from wan_model.params import VideoParams
+from wan_model.schedule import build_schedule
+from wan_model.tiny import train_denoiser
+from wan_model.tiny.clips import CLIP_SHAPE, ClipWorkers
+from wan_model.tiny.data import VOCABULARY, sample_clip
+from wan_model.tiny.evaluate import Models, expert_variants, sample
+from wan_model.tiny.loop import Loop, Schedule
+from wan_model.tiny.networks import MODELS, TEXT_ENCODER, UNKNOWN_TOKEN_ID, caption_tokenizer
+from wan_model.tiny.train import main
+from wan_model.tiny.train_denoiser import (
+    LatentPool,
+    build_expert,
+    build_text_encoder,
+    denoising_loss,
+    embed_prompts,
+    noise_ranges,
+    text_context,
+    token_ids,
+    widen_for_images,
+    with_mask,
+)
+from wan_model.tiny.train_vae import (
+    PARTS,
+    Phase,
+    build_vae,
+    measure_statistics,
+    reconstruction_loss,
+    to_pixels,
+)
+from wan_model.transformer import WanTransformer
+
+CPU = torch.device("cpu")
+FLOAT = torch.float32
+
+
+def small_config(task: str):
+    config = MODELS[task]
+    transformer = replace(config.transformer, dim=32, num_layers=2, ffn_dim=64, num_heads=2)
+    vae = replace(config.vae, encoder_dim=8, decoder_dim=8, dim_mult=(1, 2, 2, 2))
+    return replace(config, transformer=transformer, vae=vae, width=32, height=32, num_frames=5)
+
+
+def small_clips(num_clips: int) -> torch.Tensor:
+    clips = [sample_clip(0, i, num_frames=5, height=32, width=32) for i in range(num_clips)]
+    return torch.from_numpy(np.stack([clip.frames for clip in clips]))
+
+
+def small_pool(task: str) -> LatentPool:
+    config, tokenizer = small_config(task), caption_tokenizer()
+    shape = config.latent_shape(width=32, height=32, num_frames=5)
+    texts = ["a red circle moves left", "a blue star grows", NEGATIVE_PROMPT, ""]
+    rows = [token_ids(tokenizer, text) for text in texts]
+    ids = torch.tensor([row + [0] * (8 - len(row)) for row in rows])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, *shape, generator=generator).half()
+    images = torch.randn(2, *shape, generator=generator).half() if task == "i2v" else None
+    return LatentPool(latents=latents, token_ids=ids[:2], dropped_ids=ids[2:], image_latents=images)
+
+
+def small_loop(networks, schedule: Schedule, names=("loss",)) -> Loop:
+    return Loop(networks, schedule, part_names=names, device=CPU, log_every_s=0.0)
+
+
+def schedule(num_iterations: int, learning_rate: float = 3e-3) -> Schedule:
+    return Schedule(learning_rate=learning_rate, num_iterations=num_iterations, num_warm_up=5)
+
+
+# ------------------------------------------------------------------------------------ learning
+
+
+def test_a_vae_learns_to_reconstruct_a_few_clips():
+    torch.manual_seed(0)
+    config = small_config("t2v").vae
+    vae = build_vae(config, device=CPU, dtype=FLOAT)
+    loss = reconstruction_loss(
+        vae, small_clips(2), Phase(until=1.0, num_frames=5, side=32, batch_size=2)
+    )
+    loop = small_loop({"vae": vae}, schedule(100), PARTS)
+    loop.run(loss)
+    first, last = loop.history[0], loop.history[-1]
+    assert last["l1"] < 0.4 * first["l1"]
+    assert last["chroma"] < 0.6 * first["chroma"]
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v", "ti2v"])
+def test_experts_learn_the_velocity_of_two_clips(task):
+    torch.manual_seed(0)
+    config = small_config(task)
+    experts = {name: build_expert(config, device=CPU, dtype=FLOAT) for name in config.experts}
+    text_encoder = build_text_encoder(config, device=CPU, dtype=FLOAT)
+    loss = denoising_loss(experts, text_encoder, small_pool(task), config, batch_size=4)
+    names = tuple(name.value for name in experts)
+    loop = small_loop({name.value: expert for name, expert in experts.items()}, schedule(60), names)
+    loop.run(loss)
+    for name in names:
+        # At sigma near 1 the velocity is mostly the noise that is seen; all of it is learned here.
+        assert loop.history[-1][name] < 0.75 * loop.history[0][name]
+
+
+def test_training_continues_exactly_from_its_checkpoint(tmp_path):
+    def networks():
+        torch.manual_seed(0)
+        expert = build_expert(small_config("ti2v"), device=CPU, dtype=torch.bfloat16)
+        encoder = build_text_encoder(small_config("ti2v"), device=CPU, dtype=torch.bfloat16)
+        loss = denoising_loss(
+            {Expert.HIGH_NOISE: expert}, encoder, small_pool("ti2v"), small_config("ti2v"),
+            batch_size=2,
+        )  # fmt: skip
+        return {"high_noise": expert, "text_encoder": encoder}, loss
+
+    trained, loss = networks()
+    through = small_loop(trained, schedule(6))
+    through.run(loss)
+
+    trained, loss = networks()
+    small_loop(trained, schedule(6)).run(loss, until=0.5, checkpoint=tmp_path / "training.pt")
+    trained, loss = networks()
+    resumed = small_loop(trained, schedule(6))
+    resumed.load(tmp_path / "training.pt")
+    assert resumed.iteration == 3
+    resumed.run(loss)
+
+    assert torch.equal(through.weights, resumed.weights)
+    assert torch.equal(through.average, resumed.average)
+
+
+def test_a_training_checkpoint_of_other_networks_is_refused(tmp_path):
+    loop = small_loop({"a": torch.nn.Linear(2, 2)}, schedule(1))
+    loop.save(tmp_path / "training.pt")
+    with pytest.raises(ValueError, match="other networks"):
+        small_loop({"b": torch.nn.Linear(2, 2)}, schedule(1)).load(tmp_path / "training.pt")
+
+
+def test_a_step_whose_gradient_overflows_changes_nothing():
+    network = torch.nn.Linear(1, 1)
+    loop = small_loop({"a": network}, schedule(4))
+    before = loop.weights.detach().clone()
+
+    def loss(generator):
+        total = network.weight.sum() * float("inf")
+        return total, torch.zeros(1)
+
+    loop.run(loss, until=0.25)
+    assert torch.equal(loop.weights, before)
+
+
+def test_a_lost_loss_ends_the_training():
+    network = torch.nn.Linear(1, 1)
+    loop = small_loop({"a": network}, schedule(4))
+    with pytest.raises(FloatingPointError, match="iteration"):
+        loop.run(lambda generator: (network.weight.sum(), torch.full((1,), float("nan"))))
+
+
+# ------------------------------------------------------------ what is trained is what is served
+
+
+def test_noise_ranges_are_the_two_sides_of_the_boundary():
+    config = MODELS["t2v"]
+    ranges = noise_ranges(config)
+    sigma = {u: config.shift * u / (1 + (config.shift - 1) * u) for u in ranges[Expert.LOW_NOISE]}
+    assert list(sigma.values()) == pytest.approx([0.0, config.boundary_ratio])
+    assert ranges[Expert.HIGH_NOISE] == (ranges[Expert.LOW_NOISE][1], 1.0)
+    # The share of the schedule that each expert takes at inference is about its share of u.
+    steps = build_schedule(VideoParams.for_model(config, num_steps=1000))
+    share = steps.boundary_step / steps.num_steps
+    assert share == pytest.approx(1 - ranges[Expert.HIGH_NOISE][0], abs=0.01)
+
+
+def test_the_short_text_context_equals_the_padded_one():
+    config = small_config("t2v")
+    torch.manual_seed(0)
+    expert = WanTransformer(config.transformer)
+    encoder = build_text_encoder(config, device=CPU, dtype=FLOAT)
+    pool = small_pool("t2v")
+    embeds = embed_prompts(encoder, pool.token_ids)
+    lengths = (pool.token_ids != 0).sum(dim=1).tolist()
+    served = expert.embed_text([e[:n] for e, n in zip(embeds, lengths, strict=True)])
+    for pair, expected in zip(text_context(expert, embeds), served, strict=True):
+        # Rounding alone: matrix products of 8 rows instead of 512.
+        torch.testing.assert_close(pair, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_an_image_is_masked_as_the_service_does():
+    mask = media.i2v_mask(17, 16, 16, has_last=False)
+    trained = with_mask(torch.ones(1, 16, 5, 16, 16))[0]
+    assert torch.equal(trained[:4], mask)
+
+
+def test_a_widened_expert_ignores_the_image_at_first():
+    config = small_config("t2v")
+    torch.manual_seed(0)
+    narrow = WanTransformer(config.transformer)
+    wide = WanTransformer(replace(config.transformer, in_channels=36))
+    wide.load_state_dict(widen_for_images(narrow.state_dict(), 36))
+    latents = torch.randn(1, 36, 2, 4, 4)
+    context = narrow.embed_text([torch.randn(3, TEXT_ENCODER.d_model)])
+    sp = train_denoiser.SequenceParallel()
+    expected = narrow(latents[:, :16], torch.tensor([[900.0]]), context, sp)
+    torch.testing.assert_close(wide(latents, torch.tensor([[900.0]]), context, sp), expected)
+
+
+def test_measured_statistics_normalise_the_latents():
+    torch.manual_seed(0)
+    frames = small_clips(8)
+    vae = build_vae(small_config("t2v").vae, device=CPU, dtype=FLOAT)
+    vae.config = measure_statistics(vae, frames)
+    latents = vae.encode(to_pixels(frames), chunk=None)
+    flat = latents.transpose(0, 1).flatten(1)
+    # Config files hold six decimals of statistics of order 0.1.
+    torch.testing.assert_close(flat.mean(1), torch.zeros(16), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(flat.std(1), torch.ones(16), atol=1e-4, rtol=0.0)
+
+
+def test_swapped_experts_are_the_other_way_round():
+    variants = expert_variants({Expert.HIGH_NOISE: "h", Expert.LOW_NOISE: "l"})
+    assert variants["swapped"] == {Expert.HIGH_NOISE: "l", Expert.LOW_NOISE: "h"}
+    assert variants["high noise only"] == {Expert.HIGH_NOISE: "h", Expert.LOW_NOISE: "h"}
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v", "ti2v"])
+def test_a_batch_is_sampled_as_its_videos_would_be_alone(task):
+    config = small_config(task)
+    torch.manual_seed(0)
+    vae = build_vae(config.vae, device=CPU, dtype=FLOAT).requires_grad_(False)
+    experts = {name: WanTransformer(config.transformer) for name in config.experts}
+    encoder = build_text_encoder(config, device=CPU, dtype=FLOAT)
+    models = Models(
+        config=config, experts=experts, text_encoder=encoder, tokenizer=caption_tokenizer(), vae=vae
+    )
+    prompts = ["a red circle moves left", "a star"]
+    images = None if task == "t2v" else small_clips(2)[:, 0]
+    both = sample(models, prompts, first_frames=images, num_steps=3, seed=5)
+    second = sample(
+        models, prompts[1:], first_frames=None if images is None else images[1:],
+        num_steps=3, seed=6,
+    )  # fmt: skip
+    # Rounding of batched products, over three steps.
+    torch.testing.assert_close(both[1:], second, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------ data and words
+
+
+def test_every_caption_word_is_a_token_and_no_other_is():
+    tokenizer = caption_tokenizer()
+    ids = tokenizer.encode(" ".join(VOCABULARY)).ids
+    assert len(set(ids)) == len(VOCABULARY) + 1 and UNKNOWN_TOKEN_ID not in ids and ids[-1] == 1
+    assert tokenizer.encode("A Red, circle!").ids == tokenizer.encode("a red circle").ids
+    assert tokenizer.encode(NEGATIVE_PROMPT).ids == [UNKNOWN_TOKEN_ID, 1]
+
+
+def test_worker_processes_render_the_same_clips_as_none():
+    workers = ClipWorkers(2)
+    try:
+        num_clips = 70  # more than one slot's
+        frames = torch.empty((num_clips, *CLIP_SHAPE), dtype=torch.uint8)
+        captions = [""] * num_clips
+        for start, piece, texts in workers.render(num_clips, seed=3):
+            frames[start : start + len(texts)] = piece
+            captions[start : start + len(texts)] = texts
+    finally:
+        workers.close()
+    for index in (0, 31, 32, 69):
+        clip = sample_clip(3, index)
+        assert captions[index] == clip.caption
+        assert np.array_equal(frames[index].numpy(), clip.frames)
+
+
+def test_the_command_line_trains_a_vae_and_reports(tmp_path, monkeypatch):
+    small = Phase(until=1.0, num_frames=5, side=32, batch_size=1)
+    monkeypatch.setattr("wan_model.tiny.train_vae.PHASES", (small,))
+    arguments = "--stage vae22 --device cpu --iterations 2 --pool 2 --evaluate 1".split()
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "vae22" / "report.json").read_text())
+    assert report["iterations"] == 2 and "psnr_db" in report["scores"]["held out"]
+    assert {path.name for path in (tmp_path / "vae22").iterdir()} == {
+        "report.json", "samples.png", "training.pt", "weights.safetensors",
+    }  # fmt: skip
+
+
+def test_a_stage_names_the_stage_it_needs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(f"--stage t2v --device cpu --iterations 1 --pool 1 --out {tmp_path}".split())
+    assert "run --stage vae first" in capsys.readouterr().err
