@@ -58,16 +58,17 @@ class Fleet:
 
 
 IMAGE = "wan-serve:latest"
-FLEETS = (
+FLEETS = tuple(
     Fleet(
-        name="t2v-a14b-8gpu",
-        config="configs/t2v_a14b_8gpu.yaml",
+        name=config.replace("_", "-"),
+        config=f"configs/{config}.yaml",
         image=IMAGE,
         num_nodes=1,
         num_gpus=8,
         num_cpus=64,
         memory_gib=512,
-    ),
+    )
+    for config in ("t2v_a14b_8gpu", "i2v_a14b_8gpu", "t2v_i2v_a14b_8gpu")
 )
 
 

@@ -16,7 +16,7 @@ def test_the_same_seed_gives_the_same_arrivals_and_another_seed_others():
 def test_arrivals_rise_and_end_before_the_duration():
     arrivals = poisson_arrivals(jobs_per_minute=600, duration_s=50, seed=3)
     assert arrivals == sorted(arrivals)
-    assert 0 < arrivals[0] and arrivals[-1] < 50
+    assert arrivals[0] > 0 and arrivals[-1] < 50
 
 
 def test_arrivals_have_the_mean_and_the_spread_of_a_poisson_process():
