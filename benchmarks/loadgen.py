@@ -178,10 +178,9 @@ def _bar(name: str, num_jobs: int):
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line, without the key."""
-    return {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "api_key"
-    }
+    """The command line without the key, and without folders of this machine."""
+    kept = {k: v for k, v in vars(args).items() if k not in ("api_key", "output")}
+    return kept | {"workload": args.workload and args.workload.name}
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Load]:

@@ -43,9 +43,8 @@ def _rows(found: Sequence[dict[str, Any]]) -> Rows:
     for stage in dict.fromkeys(name for f in found for name in f["stages"]):
         mine = [f["stages"].get(stage) for f in found]
         rows.append([f"{stage}: busy", *(_percent(_of(s, "busy_share")) for s in mine)])
-        rows.append(
-            [f"{stage}: s per job", *(_per_job(s, f) for s, f in zip(mine, found, strict=True))]
-        )
+        per_job = [_per_job(s, f) for s, f in zip(mine, found, strict=True)]
+        rows.append([f"{stage}: busy s per job", *per_job])
     return rows
 
 
@@ -95,10 +94,12 @@ def _draw(axis: Any, run: Run, rows: list[tuple[str, str]]) -> None:
     start = min(job.submitted_at for job in run.jobs)
     row_of = {row: number for number, row in enumerate(rows)}
     for number, job in enumerate(run.jobs):
+        colour = colours[number % len(colours)]
         for span in job.timings:
+            # The edge makes a call of milliseconds visible.
             axis.barh(
                 row_of[span.stage, span.replica], span.seconds, left=span.started_at - start,
-                height=0.8, color=colours[number % len(colours)], edgecolor="white", linewidth=0.4,
+                height=0.8, color=colour, edgecolor=colour, linewidth=0.6,
             )  # fmt: skip
     axis.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
@@ -132,7 +133,7 @@ def _of(values: dict[str, Any] | None, name: str) -> float | None:
 
 
 def _per_job(stage: dict[str, Any] | None, found: dict[str, Any]) -> str:
-    return _number(None if stage is None else stage["total_s"] / found["num_completed"], 2)
+    return _number(None if stage is None else stage["busy_s"] / found["num_completed"], 2)
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -95,7 +95,7 @@ def measure_forward(case: str, *, compiled: bool, backend: str, repeats: int) ->
         "case": case,
         "precision": "bf16",
         "impl": "ours-compiled" if compiled else "ours",
-        "attention": resolve_backend(backend, latents.device),
+        "attention": resolve_backend(backend, latents.bfloat16()),
         "num_tokens": params.num_tokens(config),
         "seconds": seconds,
         "pflop": flop / PFLOP,

@@ -119,10 +119,14 @@ def figures(jobs: Sequence[JobTrace]) -> dict[str, Any]:
 
 
 def stage_figures(spans: Sequence[Span]) -> dict[str, dict[str, Any]]:
-    """Per stage, in order of first use. A replica that never worked is not known here."""
+    """Per stage, in order of first use. A replica that never worked is not known here.
+
+    `busy_s` counts a moment once per replica, `call_s` all of each call, also where calls overlap.
+    """
     if not spans:
         return {}
     window = window_of(spans)
+    length_s = window[1] - window[0]
     found: dict[str, dict[str, Any]] = {}
     for stage in dict.fromkeys(s.stage for s in sorted(spans, key=lambda s: s.started_at)):
         mine = [span for span in spans if span.stage == stage]
@@ -130,8 +134,8 @@ def stage_figures(spans: Sequence[Span]) -> dict[str, dict[str, Any]]:
         found[stage] = {
             "num_replicas": len(shares),
             "busy_share": sum(shares.values()) / len(shares),
+            "busy_s": sum(shares.values()) * length_s,
             "num_calls": len(mine),
-            "total_s": sum(span.seconds for span in mine),
             "call_s": distribution([span.seconds for span in mine]),
         }
     return found

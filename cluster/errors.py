@@ -21,9 +21,13 @@ class ClusterError(Exception):
 
 
 class GroupDead(ClusterError):
-    """The group is gone: every pending and every later call on it raises this."""
+    """The group is gone: every pending and every later call on it raises this.
+
+    `was_sent` is False for a call that was still waiting for its turn: it cannot be the cause.
+    """
 
     retryable = True
+    was_sent = True
 
 
 class RankDied(GroupDead):

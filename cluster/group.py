@@ -89,7 +89,6 @@ class Group(ABC):
         A caller that is cancelled abandons only its wait: a call already sent finishes on every
         rank, a call still waiting for its turn is sent to none.
         """
-        await self.check()
         num_ranks = self.spec.num_workers if ranks == "all" else 1
         deadline_s = self.spec.step_timeout_s if timeout_s is None else timeout_s
         sent = asyncio.Event()
@@ -101,6 +100,9 @@ class Group(ABC):
         except asyncio.CancelledError:
             if not sent.is_set():
                 task.cancel()
+            raise
+        except GroupDead as dead:
+            dead.was_sent = sent.is_set()
             raise
 
     async def aclose(self) -> None:

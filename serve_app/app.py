@@ -28,10 +28,6 @@ from serve_app.pipeline import Pipeline
 from serve_app.stages import VAE, Expert, Stage, StageStores, TextEncoder
 from serve_app.topology import ExpertGroups, ResolvedService, StageGroups
 
-# Stages: no request waits at a replica that is full, so that the next segment goes elsewhere; one
-# place more than jobs, for the readiness probe.
-SPARE_REQUESTS = 2
-
 ENGINE_MODULE = "wan_model.engine"
 
 
@@ -108,7 +104,7 @@ def _stage(
     return serve.deployment(
         kind,
         name=groups.name,
-        max_ongoing_requests=groups.max_active_jobs + SPARE_REQUESTS,
+        max_ongoing_requests=groups.max_active_jobs,
         graceful_shutdown_timeout_s=max(5.0, 2 * getattr(groups, "segment_s", 5.0)),
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=1,

@@ -99,6 +99,15 @@ class Artifacts:
     async def exists(self, key: str) -> bool:
         return await self._call(key, self._fs.isfile)
 
+    async def delete(self, key: str) -> None:
+        """Delete one key; no such key is no error."""
+
+        def delete(path: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+
+        await self._call(key, delete)
+
     async def delete_prefix(self, prefix: str) -> None:
         """Delete every key that begins with `prefix/`; nothing there is no error."""
 

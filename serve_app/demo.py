@@ -128,8 +128,8 @@ def main() -> int:
             seconds = make_video(args.prompt, args.output)
             print(f"{args.output} ({args.output.stat().st_size} bytes, {seconds:.1f} s)")
             print("stopping the service")
-    except DemoFailed as failure:
-        print(f"error: {failure}", file=sys.stderr)
+    except (DemoFailed, httpx.HTTPError) as failure:
+        print(f"error: {failure or type(failure).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -25,6 +25,7 @@ from serve_app.job_schema import QUEUED, StoreUnavailable
 P, T = ParamSpec("P"), TypeVar("T")
 
 BUSY_TIMEOUT_S = 30  # how long a SQLite writer waits for the others
+ANSWER_TIMEOUT_S = 20  # of PostgreSQL
 # Names of PostgreSQL advisory locks; any numbers that nothing else in the database uses.
 MIGRATION_LOCK, SUBMIT_LOCK = 0x57414E01, 0x57414E02
 
@@ -178,7 +179,14 @@ def _parse(url: str) -> sa.URL:
 
 def _postgresql_engine(url: sa.URL) -> AsyncEngine:
     # pre_ping: after a restart of the server the pool's dead connections are replaced silently.
-    return create_async_engine(url, pool_size=5, max_overflow=5, pool_pre_ping=True)
+    # The timeouts: a partition must not hold a stage's turn; a late answer is StoreUnavailable.
+    return create_async_engine(
+        url,
+        pool_size=5,
+        max_overflow=5,
+        pool_pre_ping=True,
+        connect_args={"timeout": ANSWER_TIMEOUT_S, "command_timeout": ANSWER_TIMEOUT_S},
+    )
 
 
 def _sqlite_engine(url: sa.URL) -> AsyncEngine:

@@ -30,13 +30,15 @@ class VideoError(BaseModel):
 class Timing(BaseModel):
     """One stage's work on a video; an expert's covers the steps [from_step, to_step). Unix seconds.
 
-    The wait for the stage lies between two of these.
+    The wait for the stage lies between two of these. `busy_s` is the work alone: an expert may have
+    served a more urgent video between two steps.
     """
 
     stage: str
     replica: str
     started_at: float
     ended_at: float
+    busy_s: float
     from_step: int
     to_step: int
 

@@ -12,18 +12,20 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
-from serve_app.artifacts import ArtifactError, Artifacts
+from cluster.errors import GroupDead
+from serve_app.artifacts import ArtifactCorrupt, ArtifactError, ArtifactMissing, Artifacts
 from serve_app.jobs import Job, JobStore, StoreUnavailable
+from serve_app.line import Line
 from serve_app.served_model import ServedModel
 from serve_app.stages import (
-    Displaced,
     JobCancelled,
     JobTicket,
     LeaseLost,
@@ -31,7 +33,7 @@ from serve_app.stages import (
     StageResult,
     checkpoints_of,
 )
-from serve_app.topology import JobSettings, ResolvedService
+from serve_app.topology import ExpertGroups, JobSettings, ResolvedService
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
 
@@ -40,8 +42,9 @@ logger = logging.getLogger(__name__)
 CLAIM_POLL_S = 0.1
 RENEW_AT_MOST_S = 1.0
 EXPIRE_POLL_S = 60.0
+READY_POLL_S = 1.0
 RETRY_DELAY_S = 0.5
-READY_TIMEOUT_S = 2.0
+RETRY_DELAY_GROWTH = 4  # per failure: five attempts outlast 40 s without storage
 
 INTERNAL_MESSAGE = "the video could not be made because of an error in the service"
 
@@ -54,6 +57,7 @@ class ModelStages:
     text_encoder: Any
     vae: Any
     experts: Mapping[str, Any]
+    lines: Mapping[str, Line]
     segment_s: Mapping[str, float]
 
 
@@ -65,12 +69,16 @@ class Pipeline:
 
     async def __init__(self, service: ResolvedService, handles: Mapping[str, Any]) -> None:
         self.handles = dict(handles)
+        experts = {g.name: g for g in service.stages if isinstance(g, ExpertGroups)}
+        self.max_active_jobs = {name: groups.max_active_jobs for name, groups in experts.items()}
+        self.lines = {name: Line(count) for name, count in self.max_active_jobs.items()}
         self.models = {
             name: ModelStages(
                 served=model.served,
                 text_encoder=handles[model.text_encoder],
                 vae=handles[model.vae],
                 experts={e.value: handles[g.name] for e, g in model.experts.items()},
+                lines={e.value: self.lines[g.name] for e, g in model.experts.items()},
                 segment_s={e.value: g.segment_s for e, g in model.experts.items()},
             )
             for name, model in service.models.items()
@@ -83,24 +91,34 @@ class Pipeline:
         )
         self.worker = f"pipeline-{uuid.uuid4().hex[:12]}"
         self.step_s: dict[tuple[str, str, int], float] = {}
-        self.attempts: dict[str, tuple[Attempt, asyncio.Task]] = {}
-        loops = (self._claim_loop, self._renew_loop, self._expire_loop)
+        self.attempts: dict[Attempt, asyncio.Task] = {}
+        self.ready = dict.fromkeys(handles, False)
+        loops = (self._claim_loop, self._renew_loop, self._expire_loop, self._ready_loop)
         self.loops = [asyncio.create_task(_forever(loop)) for loop in loops]
+        self.open = True
 
     async def readiness(self) -> dict[str, bool]:
-        """For every stage, whether a replica answers: its group has then really run once."""
-        return {name: await _is_ready(handle) for name, handle in self.handles.items()}
+        """For every stage, whether it has a running replica: its group has really run once."""
+        return self.ready
 
     def check_health(self) -> None:
         ended = [loop for loop in self.loops if loop.done()]
         if ended:
             raise RuntimeError(f"a loop of the pipeline ended: {ended}")
 
-    async def __del__(self) -> None:
+    def __del__(self) -> Awaitable[None] | None:
+        """Serve calls and awaits this once, Python calls it again at the end: that does nothing."""
+        if getattr(self, "open", False):
+            self.open = False
+            return self._close()
+        return None
+
+    async def _close(self) -> None:
         """Gives the unfinished jobs back, so that another replica need not wait for the leases."""
         for loop in self.loops:
             loop.cancel()
-        for attempt, task in list(self.attempts.values()):
+        await asyncio.wait(self.loops)  # a claim that was under way gives its job back
+        for attempt, task in list(self.attempts.items()):
             task.cancel()
             with contextlib.suppress(StoreUnavailable):
                 await self.store.release(attempt.job.id, attempt.job.attempt)
@@ -118,28 +136,52 @@ class Pipeline:
         if job is None:
             await asyncio.sleep(CLAIM_POLL_S)
             return
-        attempt = Attempt(self, job)
+        try:
+            attempt = Attempt(self, job)
+        except (TypeError, ValueError) as error:  # a row of another version: it fails alone
+            logger.warning("%s is not understood: %s", job.id, error)
+            await self.store.fail(
+                job.id, job.attempt, code="internal_error", message=INTERNAL_MESSAGE
+            )
+            return
         task = asyncio.create_task(attempt.run())
-        self.attempts[job.id] = (attempt, task)
-        task.add_done_callback(lambda _: self.attempts.pop(job.id, None))
+        self.attempts[attempt] = task
+        task.add_done_callback(lambda _: self.attempts.pop(attempt))
 
     async def _renew_loop(self) -> None:
         """Keeps the leases, and stops attempts that lost theirs or whose job is cancelled."""
         await asyncio.sleep(min(RENEW_AT_MOST_S, self.settings.lease_s / 3))
-        numbers = {job_id: a.job.attempt for job_id, (a, _) in self.attempts.items()}
+        attempts = list(self.attempts)
+        # After a lost lease there may be two of one job here: the later one has the lease.
+        numbers = {attempt.job.id: attempt.job.attempt for attempt in attempts}
         renewals = await self.store.renew_many(numbers, lease_s=self.settings.lease_s)
-        for job_id, renewal in renewals.items():
-            if job_id not in self.attempts or (renewal.held and not renewal.cancel_requested):
+        for attempt in attempts:
+            renewal = renewals[attempt.job.id]
+            held = renewal.held and numbers[attempt.job.id] == attempt.job.attempt
+            if (held and not renewal.cancel_requested) or attempt.stop is not None:
                 continue
-            attempt, task = self.attempts[job_id]
-            if attempt.job.attempt == numbers[job_id]:
-                attempt.stop = JobCancelled if renewal.held else LeaseLost
+            if (task := self.attempts.get(attempt)) is not None:
+                attempt.stop = JobCancelled if held else LeaseLost
                 task.cancel()
 
     async def _expire_loop(self) -> None:
         for job in await self.store.expire(time.time()):
-            await self.artifacts.delete_prefix(job.id)
+            await _cleaned_up(self.artifacts.delete_prefix(job.id))
         await asyncio.sleep(EXPIRE_POLL_S)
+
+    async def _ready_loop(self) -> None:
+        # Asks Serve, not the stages: a question to a busy stage would wait behind its jobs.
+        try:
+            running = await asyncio.to_thread(_num_running_replicas)
+        except (RayError, RayServeException) as error:
+            logger.warning("the stages' readiness is not known: %s", error)
+        else:
+            self.ready = {name: running.get(name, 0) > 0 for name in self.handles}
+            num_pipelines = max(1, running.get("Pipeline", 1))
+            for name, line in self.lines.items():
+                places = running.get(name, 0) * self.max_active_jobs[name]
+                line.resize(places // num_pipelines)
+        await asyncio.sleep(READY_POLL_S)
 
 
 class Attempt:
@@ -151,7 +193,12 @@ class Attempt:
         self.job = job
         self.stages = pipeline.models[job.model]
         self.params = VideoParams(**job.params)
-        self.ticket = JobTicket(id=job.id, attempt=job.attempt, params=job.params)
+        self.ticket = JobTicket(
+            id=job.id,
+            attempt=job.attempt,
+            rank=(-job.priority, job.created_at),
+            params=job.params,
+        )
         self.stop: type[Exception] | None = None
         self.reports: list[StageReport] = []
 
@@ -196,22 +243,25 @@ class Attempt:
             expert = schedule.expert_at(step).value
             end = schedule.boundary_step if step < schedule.boundary_step else schedule.num_steps
             to_step = min(end, step + self._segment_length(expert))
-            earlier, result = await self._call(
-                self.stages.experts[expert].run,
-                self.ticket,
-                text,
-                image,
-                earlier,
-                checkpoint=checkpoint,
-                from_step=step,
-                to_step=to_step,
-            )
+            async with self.stages.lines[expert].place(self.ticket.rank):
+                earlier, result = await self._call(
+                    self.stages.experts[expert].run,
+                    self.ticket,
+                    text,
+                    image,
+                    earlier,
+                    checkpoint=checkpoint,
+                    from_step=step,
+                    to_step=to_step,
+                )
             self._learn_step_s(expert, result.report)
-            step, checkpoint = to_step, result.artifacts["checkpoint"]
+            step, superseded, checkpoint = to_step, checkpoint, result.artifacts["checkpoint"]
             if not await self.store.record_checkpoint(
                 self.job.id, self.job.attempt, key=checkpoint, step=step
             ):
                 raise LeaseLost(self.job.id)
+            if superseded is not None:
+                await _cleaned_up(self.pipeline.artifacts.delete(superseded))
         return earlier, checkpoint
 
     async def _call(self, method: Any, *args: Any, **kwargs: Any) -> tuple[Any, StageResult]:
@@ -231,9 +281,8 @@ class Attempt:
         return max(1, round(self.stages.segment_s[expert] / step_s)) if step_s else 1
 
     def _learn_step_s(self, expert: str, report: StageReport) -> None:
-        seconds = report.ended_at - report.started_at
         self.pipeline.step_s[self._step_key(expert)] = max(
-            1e-3, seconds / (report.to_step - report.from_step)
+            1e-3, report.busy_s / (report.to_step - report.from_step)
         )
 
     def _step_key(self, expert: str) -> tuple[str, str, int]:
@@ -252,25 +301,26 @@ class Attempt:
     async def _finish(self, artifacts: dict[str, Any]) -> None:
         if await self.store.complete(self.job.id, self.job.attempt, artifacts=artifacts):
             logger.info("%s: completed in attempt %d", self.job.id, self.job.attempt)
-            await self.pipeline.artifacts.delete_prefix(checkpoints_of(self.job.id))
+            await _cleaned_up(self.pipeline.artifacts.delete_prefix(checkpoints_of(self.job.id)))
 
     async def _cancelled(self) -> None:
-        if await self.store.cancelled(self.job.id, self.job.attempt):
-            await self.pipeline.artifacts.delete_prefix(self.job.id)
+        with contextlib.suppress(StoreUnavailable):  # the next claim ends it
+            if await self.store.cancelled(self.job.id, self.job.attempt):
+                await _cleaned_up(self.pipeline.artifacts.delete_prefix(self.job.id))
 
     async def _failed(self, error: Exception) -> None:
         job_id, number = self.job.id, self.job.attempt
         logger.warning("%s: attempt %d: %s", job_id, number, error, exc_info=error)
         with contextlib.suppress(StoreUnavailable):
-            if isinstance(error, Displaced):
+            if is_blameless(error):
                 await self.store.release(job_id, number)
-            elif is_retryable(error):
+            elif is_retryable(error) or await self._starts_over(error):
                 await self.store.retry(
                     job_id,
                     number,
-                    reason="the group that ran it died",
+                    reason=_reason(error),
                     max_attempts=self.pipeline.settings.max_attempts,
-                    delay_s=RETRY_DELAY_S,
+                    delay_s=RETRY_DELAY_S * RETRY_DELAY_GROWTH**self.job.failures,
                 )
             elif isinstance(error, ValueError):
                 message = str(getattr(error, "cause", error))
@@ -280,20 +330,41 @@ class Attempt:
                     job_id, number, code="internal_error", message=INTERNAL_MESSAGE
                 )
 
+    async def _starts_over(self, error: Exception) -> bool:
+        """Forgets a checkpoint that cannot be read: the next attempt begins from the seed."""
+        if self.job.checkpoint is None or not isinstance(error, ArtifactMissing | ArtifactCorrupt):
+            return False
+        await self.store.record_checkpoint(self.job.id, self.job.attempt, key=None, step=0)
+        return True
 
-async def _is_ready(handle: Any) -> bool:
-    response = handle.ready.remote()
+
+async def _cleaned_up(deletion: Awaitable[None]) -> None:
+    """What cannot be deleted now stays: no job's end waits for it."""
     try:
-        return await asyncio.wait_for(response, READY_TIMEOUT_S)
-    except (TimeoutError, RayError, RayServeException):
-        return False
-    finally:
-        response.cancel()
+        await deletion
+    except ArtifactError as error:
+        logger.warning("not deleted: %s", error)
+
+
+def _num_running_replicas() -> dict[str, int]:
+    """By deployment. A replica runs once its constructor is done, its group's warm-up included."""
+    app_name = serve.get_replica_context().app_name
+    app = serve.status().applications.get(app_name)
+    return {
+        name: deployment.replica_states.get("RUNNING", 0)
+        for name, deployment in (app.deployments.items() if app else ())
+    }
+
+
+def is_blameless(error: BaseException) -> bool:
+    """The group died while this job only waited for its turn in it."""
+    cause = getattr(error, "cause", error)
+    return isinstance(cause, GroupDead) and not cause.was_sent
 
 
 def is_retryable(error: BaseException) -> bool:
     """Whether another attempt may go better: the error says so itself, or a process was lost."""
-    if isinstance(error, RayActorError | RayServeException | ArtifactError):
+    if isinstance(error, RayActorError | RayServeException):
         return True
     if hasattr(error, "retryable"):
         return bool(error.retryable)
@@ -303,11 +374,17 @@ def is_retryable(error: BaseException) -> bool:
     return isinstance(error, RayError) and cause is None
 
 
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ArtifactError):
+        return "the artifact store failed"
+    return "a process that worked on it was lost"
+
+
 async def _forever(loop: Any) -> None:
     """Runs `loop` again and again; a job store that does not answer is waited for."""
     while True:
         try:
             await loop()
-        except (StoreUnavailable, ArtifactError) as error:
+        except StoreUnavailable as error:
             logger.warning("%s waits: %s", loop.__name__, error)
             await asyncio.sleep(1.0)

@@ -216,8 +216,6 @@ def _stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dic
         if low > high:
             raise ValueError(f"{where}.autoscaling: min_replicas {low} > max_replicas {high}")
     device: Device = "cuda" if options.num_gpus else "cpu"
-    if device == "cpu" and options.dtype == "float16":
-        raise ValueError(f"{where}.dtype float16 is for GPUs only: use float32 or bfloat16")
     auto_dtype: Dtype = gpu_dtype if device == "cuda" else "float32"
     return {
         "min_replicas": low,

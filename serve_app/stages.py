@@ -23,6 +23,7 @@ from cluster.ray_group import RayGroup
 from cluster.spec import GroupSpec
 from serve_app.artifacts import Arrays, Artifacts
 from serve_app.jobs import JobStore, Renewal, StoreUnavailable
+from serve_app.line import Line
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +32,29 @@ CACHED_PROMPTS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class JobTicket:
-    """What a stage must know of a job. `params` is a VideoParams as a dict."""
+    """What a stage must know of a job. `params` is a VideoParams as a dict.
+
+    `rank`: where several jobs could go on, the lowest does: (-priority, time of creation).
+    """
 
     id: str
     attempt: int
+    rank: tuple[int, float]
     params: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """When a stage worked for a job (unix seconds), and on which steps [from_step, to_step)."""
+    """When a stage worked for a job (unix seconds), and on which steps [from_step, to_step).
+
+    `busy_s` is the work alone: between two steps of a job another one may have had the group.
+    """
 
     stage: str
     replica: str
     started_at: float
     ended_at: float
+    busy_s: float
     from_step: int = 0
     to_step: int = 0
 
@@ -75,10 +84,6 @@ class LeaseLost(Exception):
     """Another attempt owns the job: this one must stop and write nothing."""
 
 
-class Displaced(Exception):
-    """The group died while this job was only waiting for its turn: not this job's fault."""
-
-
 StartGroup = Callable[..., Awaitable[Group]]
 
 
@@ -101,29 +106,31 @@ class Stage:
         self.store = await JobStore.open(stores.job_store_url)
         self.group = await start_group(spec, on_death=exit_on_death())
         self.replica = _replica_id()
-        self.turn = asyncio.Lock()
         await self.group.call("warm_up", timeout_s=spec.start_timeout_s)
-
-    async def ready(self) -> bool:
-        """True once a replica answers: its group has then really run once."""
-        await self.group.check()
-        return True
+        self.open = True
 
     async def check_health(self) -> None:
         await self.group.check()
 
-    async def __del__(self) -> None:
+    def __del__(self) -> Awaitable[None] | None:
+        """Serve calls and awaits this once, Python calls it again at the end: that does nothing."""
+        if getattr(self, "open", False):
+            self.open = False
+            return self._close()
+        return None
+
+    async def _close(self) -> None:
         await self.group.aclose()
         await self.store.close()
 
-    def report(self, started_at: float, *, from_step: int = 0, to_step: int = 0) -> StageReport:
+    def report(self, started_at: float, **steps: Any) -> StageReport:
+        now = time.time()
         return StageReport(
             stage=self.name,
             replica=self.replica,
             started_at=started_at,
-            ended_at=time.time(),
-            from_step=from_step,
-            to_step=to_step,
+            ended_at=now,
+            **({"busy_s": now - started_at} | steps),
         )
 
 
@@ -156,7 +163,12 @@ class TextEncoder(Stage):
 
 
 class Expert(Stage):
-    """Denoising segments. Jobs take turns by segment; the next job is opened meanwhile."""
+    """Denoising segments. The job of the lowest rank has the group; the next one steps only while
+    the first is away, handing over its state."""
+
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.turns = Line()
+        await super().__init__(*args, **kwargs)
 
     async def run(
         self,
@@ -183,19 +195,22 @@ class Expert(Stage):
             await self.group.call(
                 "open", key, params=job.params, conditioning=conditioning, state=state
             )
-            async with _Turn(self.turn, self.group):
-                started_at = time.time()
-                for _ in range(from_step, to_step):
+            started_at, busy_s = None, 0.0
+            for _ in range(from_step, to_step):
+                async with self.turns.place(job.rank):
+                    began = time.time()
+                    started_at = started_at or began
                     stepped = await self.group.call("step", key)
-                    await self._record(job, stepped["step_index"])
-                ended = self.report(started_at, from_step=from_step, to_step=to_step)
+                    busy_s += time.time() - began
+                await self._record(job, stepped["step_index"])
+            report = self.report(started_at, busy_s=busy_s, from_step=from_step, to_step=to_step)
             arrays = await self.group.call("export", key, ranks="first")
         finally:
             if self.group.dead is None:
                 await asyncio.shield(self.group.call("close", key))
         checkpoint = f"{checkpoints_of(job.id)}/{job.attempt}-{to_step}.safetensors"
         await self.artifacts.put_arrays(checkpoint, arrays)
-        return StageResult(report=ended, arrays=arrays, artifacts={"checkpoint": checkpoint})
+        return StageResult(report=report, arrays=arrays, artifacts={"checkpoint": checkpoint})
 
     async def _record(self, job: JobTicket, step: int) -> None:
         """Moves the job's progress and learns whether to stop."""
@@ -216,23 +231,6 @@ class Expert(Stage):
             raise LeaseLost(job.id)
         if renewal.cancel_requested:
             raise JobCancelled(job.id)
-
-
-class _Turn:
-    """A fair lock over the group that a job waiting in line leaves as Displaced."""
-
-    def __init__(self, lock: asyncio.Lock, group: Group) -> None:
-        self.lock = lock
-        self.group = group
-
-    async def __aenter__(self) -> None:
-        await self.lock.acquire()
-        if self.group.dead is not None:
-            self.lock.release()
-            raise Displaced("the group died before this job's turn") from self.group.dead
-
-    async def __aexit__(self, *_: object) -> None:
-        self.lock.release()
 
 
 class VAE(Stage):

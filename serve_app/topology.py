@@ -14,7 +14,7 @@ from serve_app.served_model import ServedModel
 from wan_model.config import Expert
 
 Device = Literal["cuda", "cpu"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)

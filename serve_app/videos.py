@@ -22,7 +22,16 @@ from serve_app.artifacts import ArtifactMissing, Artifacts
 from serve_app.create_video import IMAGE_FIELDS, CreateVideo
 from serve_app.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound
 from serve_app.images import ImageTooLarge, decode_data_uri, fetch_image, upright_size
-from serve_app.jobs import Job, JobNotFound, JobStore, NewJob, StoreUnavailable, new_job_id
+from serve_app.jobs import (
+    IdempotencyConflict,
+    Job,
+    JobNotFound,
+    JobStore,
+    NewJob,
+    QueueFull,
+    StoreUnavailable,
+    new_job_id,
+)
 from serve_app.openai_api import Video, VideoDeleted, VideoEvent
 from serve_app.served_model import ServedModel
 from serve_app.topology import HttpSettings
@@ -114,20 +123,25 @@ class Videos:
 
     async def _submit(self, new: NewJob, inputs: Mapping[str, bytes]) -> Job:
         """The images are stored before the row: a worker may claim it at once."""
-        accepted = False
         try:
             for key, data in inputs.items():
                 await self._artifacts.put(key, data)
+        except BaseException:
+            await self._artifacts.delete_prefix(new.id)
+            raise
+        try:
             job = await self._store.submit(
                 new,
                 max_queued_jobs=self._settings.max_queued_jobs,
                 max_queued_s=self._settings.max_queued_s,
             )
-            accepted = job.id == new.id
-            return job
-        finally:
-            if inputs and not accepted:
-                await self._artifacts.delete_prefix(new.id)
+        except (QueueFull, IdempotencyConflict):
+            # Only these: after any other failure the row may be there, and needs its images.
+            await self._artifacts.delete_prefix(new.id)
+            raise
+        if inputs and job.id != new.id:
+            await self._artifacts.delete_prefix(new.id)
+        return job
 
     async def get(self, owner: str, video_id: str) -> Job:
         """Raises NotFound for another owner's video as for none."""

@@ -20,7 +20,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v -> [B, L, H, D]. Every key is attended to."""
-    return _KERNELS[resolve_backend(backend, q_BLHD.device)](q_BLHD, k_BSHD, v_BSHD)
+    return _KERNELS[resolve_backend(backend, q_BLHD)](q_BLHD, k_BSHD, v_BSHD)
 
 
 def attention_with_lse(
@@ -30,7 +30,7 @@ def attention_with_lse(
 
     Raises ValueError for a kernel that has no log-sum-exp to give.
     """
-    name = resolve_backend(backend, q_BLHD.device)
+    name = resolve_backend(backend, q_BLHD)
     if name not in _KERNELS_WITH_LSE:
         raise ValueError(
             f"attention backend {name} reports no log-sum-exp, which ring attention needs:"
@@ -39,10 +39,10 @@ def attention_with_lse(
     return _KERNELS_WITH_LSE[name](q_BLHD, k_BSHD, v_BSHD)
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """ "auto" -> the fastest kernel that can be imported for this device."""
+def resolve_backend(backend: str, q: Tensor) -> str:
+    """The kernel's name; "auto" is the fastest that can be imported for tensors like `q`."""
     if backend == "auto":
-        if device.type != "cuda":
+        if q.device.type != "cuda" or q.dtype == torch.float32:  # the fast ones are 16 bit only
             return "sdpa"
         return "flash_attn_4" if _has_flash_attn_4() else "cudnn"
     if backend not in _KERNELS:

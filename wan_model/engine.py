@@ -7,6 +7,7 @@ drives these engines in one process, the service drives the same ones inside its
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from wan_model.state import Arrays, Conditioning, DenoiseState, draw_noise
 from wan_model.transformer import TextContext
 from wan_model.weights import open_checkpoint
 
+ALL_AT_ONCE_PIXELS = 2**21  # 33 frames of 256 x 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -261,7 +263,8 @@ class VAEEngine:
 
     def _encode(self, frames: Tensor) -> np.ndarray:
         """[3, F, H, W] in [-1, 1] -> normalised latents [z, T, h, w]."""
-        return self.vae.encode(frames[None].to(self.device))[0].float().cpu().numpy()
+        chunk = _chunk(frames[0].numel())
+        return self.vae.encode(frames[None].to(self.device), chunk=chunk)[0].cpu().numpy()
 
     @torch.inference_mode()
     def decode_frames(self, state: Arrays) -> np.ndarray:
@@ -282,5 +285,12 @@ class VAEEngine:
 
     def _decoded(self, state: Arrays):
         latents = torch.tensor(state["latents"], device=self.device)[None]
-        for chunk in self.vae.decode_chunks(latents):
-            yield media.frames_to_uint8(chunk[0]).cpu().numpy()
+        chunk = _chunk(latents[0, 0].numel() * math.prod(self.config.vae.stride))
+        for frames in self.vae.decode_chunks(latents, chunk=chunk):
+            yield media.frames_to_uint8(frames[0]).cpu().numpy()
+
+
+def _chunk(num_pixels: int) -> int | None:
+    """Latent frames the VAE takes at a time: all of a small video (4 times faster on a CPU), one
+    of a larger one, whose memory then does not grow with its length."""
+    return None if num_pixels <= ALL_AT_ONCE_PIXELS else 1

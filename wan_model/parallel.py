@@ -67,6 +67,10 @@ class SequenceParallel:
             out = self._ring_attention(q, k, v, num_tokens)
         return self._gather_heads(out)
 
+    def cross_attention(self, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+        """Attention of this rank's tokens to the text, which every rank holds: no exchange."""
+        return attention(q_BNHD, k_BLHD, v_BLHD, self.attention_backend)
+
     def _scatter_heads(self, x_BNHD: Tensor) -> Tensor:
         """[B, N, H, D] -> [B, N u, H / u, D]: all tokens of this ring block, some heads."""
         u = self.mesh.dims.ulysses_degree

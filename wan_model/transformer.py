@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_model.attention import attention
 from wan_model.config import TransformerConfig
 from wan_model.parallel import SequenceParallel
 
@@ -142,7 +141,7 @@ class Block(nn.Module):
         dtype = self.self_attn.qkv.weight.dtype
         y = layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
         x_BND = x_BND + gate1 * self.self_attn(y.to(dtype), rope, sp, num_tokens)
-        x_BND = x_BND + self.cross_attn(self.norm3(x_BND).to(dtype), text_k, text_v)
+        x_BND = x_BND + self.cross_attn(self.norm3(x_BND).to(dtype), text_k, text_v, sp)
         y = layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
         return x_BND + gate2 * self.ffn(y.to(dtype))
 
@@ -182,9 +181,9 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, -1)
         return self.norm_k(k).to(v.dtype).unflatten(-1, heads), v.unflatten(-1, heads).contiguous()
 
-    def forward(self, x_BND: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel) -> Tensor:
         q = self.norm_q(self.q(x_BND)).to(k.dtype).unflatten(-1, (self.num_heads, -1))
-        return self.o(attention(q, k, v).flatten(2))
+        return self.o(sp.cross_attention(q, k, v).flatten(2))
 
 
 class Head(nn.Module):

@@ -26,7 +26,7 @@ def test_stages_missing_from_one_run_leave_its_cells_empty():
     run = Run.load(RECORDED)
     failed = JobTrace(id="v", model="m", status="failed", submitted_at=0.0, completed_at=1.0)
     nothing = Run(name="nothing", options={}, environment={}, jobs=(failed,), started_at=0.0)
-    [row] = [line for line in comparison([run, nothing]).splitlines() if "VAE: busy" in line]
+    [row] = [line for line in comparison([run, nothing]).splitlines() if "VAE: busy  " in line]
     assert row.split("|")[3].strip() == "-"
 
 

@@ -59,7 +59,7 @@ def test_busy_share_and_seconds_per_stage_are_those_of_the_trace():
     assert list(stages) == ["text", "high", "vae"]
     assert stages["high"]["busy_share"] == pytest.approx(8 / 10)
     assert stages["high"]["num_calls"] == 3
-    assert stages["high"]["total_s"] == pytest.approx(8)
+    assert stages["high"]["busy_s"] == pytest.approx(8)
     assert stages["text"]["busy_share"] == pytest.approx(2 / 10)
     assert stages["vae"]["call_s"]["p99"] == pytest.approx(1)
 
@@ -67,6 +67,9 @@ def test_busy_share_and_seconds_per_stage_are_those_of_the_trace():
 def test_a_replica_that_works_for_two_jobs_at_once_is_busy_once():
     spans = [span("vae", 0, 4), span("vae", 2, 6)]
     assert busy_share_by_replica(spans, (0, 10)) == {"vae#1": pytest.approx(0.6)}
+    [stage] = figures([job("a", 0, 6, *spans)])["stages"].values()
+    assert stage["busy_s"] == pytest.approx(6)
+    assert stage["call_s"]["mean"] == pytest.approx(4)
 
 
 def test_the_busy_share_of_a_stage_is_the_mean_of_its_replicas():

@@ -11,9 +11,10 @@ import torch
 
 from wan_model import media
 from wan_model.config import NEGATIVE_PROMPT, Expert
+from wan_model.parallel import SequenceParallel
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
-from wan_model.tiny import train_denoiser
+from wan_model.text_encoder import TextEncoder
 from wan_model.tiny.clips import CLIP_SHAPE, ClipWorkers
 from wan_model.tiny.data import VOCABULARY, sample_clip
 from wan_model.tiny.evaluate import Models, expert_variants, sample
@@ -48,7 +49,7 @@ FLOAT = torch.float32
 
 def small_config(task: str):
     config = MODELS[task]
-    transformer = replace(config.transformer, dim=32, num_layers=2, ffn_dim=64, num_heads=2)
+    transformer = replace(config.transformer, dim=96, num_layers=1, ffn_dim=96, num_heads=2)
     vae = replace(config.vae, encoder_dim=8, decoder_dim=8, dim_mult=(1, 2, 2, 2))
     return replace(config, transformer=transformer, vae=vae, width=32, height=32, num_frames=5)
 
@@ -65,9 +66,11 @@ def small_pool(task: str) -> LatentPool:
     rows = [token_ids(tokenizer, text) for text in texts]
     ids = torch.tensor([row + [0] * (8 - len(row)) for row in rows])
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, *shape, generator=generator).half()
+    latents = torch.ones(2, *shape) * torch.tensor([1.0, -1.0]).view(2, 1, 1, 1, 1)
     images = torch.randn(2, *shape, generator=generator).half() if task == "i2v" else None
-    return LatentPool(latents=latents, token_ids=ids[:2], dropped_ids=ids[2:], image_latents=images)
+    return LatentPool(
+        latents=latents.half(), token_ids=ids[:2], dropped_ids=ids[2:], image_latents=images
+    )
 
 
 def small_loop(networks, schedule: Schedule, names=("loss",)) -> Loop:
@@ -88,11 +91,11 @@ def test_a_vae_learns_to_reconstruct_a_few_clips():
     loss = reconstruction_loss(
         vae, small_clips(2), Phase(until=1.0, num_frames=5, side=32, batch_size=2)
     )
-    loop = small_loop({"vae": vae}, schedule(100), PARTS)
+    loop = small_loop({"vae": vae}, schedule(60), PARTS)
     loop.run(loss)
     first, last = loop.history[0], loop.history[-1]
-    assert last["l1"] < 0.4 * first["l1"]
-    assert last["chroma"] < 0.6 * first["chroma"]
+    assert last["l1"] < 0.5 * first["l1"]
+    assert last["mse"] < 0.3 * first["mse"]
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v", "ti2v"])
@@ -103,11 +106,10 @@ def test_experts_learn_the_velocity_of_two_clips(task):
     text_encoder = build_text_encoder(config, device=CPU, dtype=FLOAT)
     loss = denoising_loss(experts, text_encoder, small_pool(task), config, batch_size=4)
     names = tuple(name.value for name in experts)
-    loop = small_loop({name.value: expert for name, expert in experts.items()}, schedule(60), names)
+    loop = small_loop({name.value: expert for name, expert in experts.items()}, schedule(50), names)
     loop.run(loss)
     for name in names:
-        # At sigma near 1 the velocity is mostly the noise that is seen; all of it is learned here.
-        assert loop.history[-1][name] < 0.75 * loop.history[0][name]
+        assert loop.history[-1][name] < 0.5 * loop.history[0][name]
 
 
 def test_training_continues_exactly_from_its_checkpoint(tmp_path):
@@ -164,6 +166,18 @@ def test_a_lost_loss_ends_the_training():
         loop.run(lambda generator: (network.weight.sum(), torch.full((1,), float("nan"))))
 
 
+def test_a_fresh_expert_predicts_what_it_is_shown():
+    config = MODELS["ti2v"]
+    torch.manual_seed(0)
+    expert = build_expert(config, device=CPU, dtype=FLOAT)
+    context = expert.embed_text([torch.zeros(1, TEXT_ENCODER.d_model)])
+    noise = torch.randn(1, 48, 2, 4, 4)
+    with torch.inference_mode():
+        velocity = expert(noise, torch.tensor([[999.0]]), context, SequenceParallel())
+    # The blocks' own first outputs are in between.
+    assert (velocity - noise).square().mean() < 0.3
+
+
 # ------------------------------------------------------------ what is trained is what is served
 
 
@@ -193,6 +207,19 @@ def test_the_short_text_context_equals_the_padded_one():
         torch.testing.assert_close(pair, expected, atol=2e-6, rtol=1e-5)
 
 
+def test_prompts_are_embedded_as_the_service_does():
+    torch.manual_seed(0)
+    encoder = build_text_encoder(MODELS["t2v"], device=CPU, dtype=FLOAT)
+    tokenizer = caption_tokenizer()
+    prompts = ["a red circle moves left", NEGATIVE_PROMPT]
+    ids = small_pool("t2v").token_ids[:1], small_pool("t2v").dropped_ids[:1]
+    embeds = embed_prompts(encoder, torch.cat(ids))
+    served = TextEncoder(encoder, tokenizer).encode(prompts)
+    for row, expected in zip(embeds, served, strict=True):
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+        assert not row[len(expected) :].any()
+
+
 def test_an_image_is_masked_as_the_service_does():
     mask = media.i2v_mask(17, 16, 16, has_last=False)
     trained = with_mask(torch.ones(1, 16, 5, 16, 16))[0]
@@ -207,7 +234,7 @@ def test_a_widened_expert_ignores_the_image_at_first():
     wide.load_state_dict(widen_for_images(narrow.state_dict(), 36))
     latents = torch.randn(1, 36, 2, 4, 4)
     context = narrow.embed_text([torch.randn(3, TEXT_ENCODER.d_model)])
-    sp = train_denoiser.SequenceParallel()
+    sp = SequenceParallel()
     expected = narrow(latents[:, :16], torch.tensor([[900.0]]), context, sp)
     torch.testing.assert_close(wide(latents, torch.tensor([[900.0]]), context, sp), expected)
 
@@ -282,8 +309,8 @@ def test_worker_processes_render_the_same_clips_as_none():
 def test_the_command_line_trains_a_vae_and_reports(tmp_path, monkeypatch):
     small = Phase(until=1.0, num_frames=5, side=32, batch_size=1)
     monkeypatch.setattr("wan_model.tiny.train_vae.PHASES", (small,))
-    arguments = "--stage vae22 --device cpu --iterations 2 --pool 2 --evaluate 1".split()
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    numbers = ["--iterations", "2", "--pool", "2", "--evaluate", "1", "--device", "cpu"]
+    assert main(["--stage", "vae22", "--out", str(tmp_path), *numbers]) == 0
     report = json.loads((tmp_path / "vae22" / "report.json").read_text())
     assert report["iterations"] == 2 and "psnr_db" in report["scores"]["held out"]
     assert {path.name for path in (tmp_path / "vae22").iterdir()} == {

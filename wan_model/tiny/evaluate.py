@@ -128,10 +128,12 @@ def _contexts(
     ids = torch.tensor([row + [PAD_TOKEN_ID] * (length - len(row)) for row in rows])
     embeds = embed_prompts(models.text_encoder, ids.to(models.device))
     trimmed = [e[: len(row)] for e, row in zip(embeds, rows, strict=True)]
-    cond = expert.embed_text(trimmed[:-1])
+    # Repeated, not expanded: attention kernels want real memory.
+    repeats = (len(prompts), 1, 1, 1)
     negative = expert.embed_text(trimmed[-1:])
-    size = len(prompts)
-    return cond, [(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in negative]
+    return expert.embed_text(trimmed[:-1]), [
+        (k.repeat(repeats), v.repeat(repeats)) for k, v in negative
+    ]
 
 
 def _with_first_frame(state: DenoiseState, first: Tensor | None) -> DenoiseState:

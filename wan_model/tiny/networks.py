@@ -61,7 +61,9 @@ MODELS: dict[str, WanConfig] = {
     ),
     "ti2v": replace(
         WAN_TINY_TI2V,
-        transformer=replace(_TRANSFORMER, in_channels=48, out_channels=48),
+        # A token of 2x2 latents would be 192 numbers, and no noise of 192 numbers passes through
+        # a residual stream of 128. A token of one is 48, and 16x16 pixels as in the other models.
+        transformer=replace(_TRANSFORMER, in_channels=48, out_channels=48, patch_size=(1, 1, 1)),
         vae=VAE_TINY_2_2,
         text_encoder=TEXT_ENCODER,
     ),

@@ -51,7 +51,9 @@ def run_vae(run: Run, workers: ClipWorkers) -> None:
         device=run.device,
     )
     run.resume_into(loop)
-    for phase in train_vae.PHASES:
+    # More minutes for a VAE that is trained already are for the last phase.
+    is_continued = run.resume is not None and run.num_iterations is None
+    for phase in train_vae.PHASES[-1:] if is_continued else train_vae.PHASES:
         if run.batch_size:
             phase = replace(phase, batch_size=run.batch_size)
         run.log(f"{phase}")

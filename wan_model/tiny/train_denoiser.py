@@ -34,8 +34,8 @@ from wan_model.transformer import TextContext, WanTransformer, is_float32_island
 from wan_model.vae import WanVAE
 
 LEARNING_RATE = 1.5e-3
-BATCH_SIZES = {"t2v": 128, "i2v": 128, "ti2v": 384}
-"""Per expert. A clip is 320 tokens, and 80 for the VAE of TI2V."""
+BATCH_SIZES = {"t2v": 128, "i2v": 128, "ti2v": 256}
+"""Per expert. A clip is 320 tokens."""
 
 DROPPED_PROMPTS = 0.1
 CLEAN_FIRST_FRAMES = 0.6
@@ -122,7 +122,7 @@ def with_mask(image_latents: Tensor) -> Tensor:
 
 def require_trainable_attention(device: torch.device) -> None:
     """Where the kernel chosen for this device has no gradient, PyTorch's own choice takes over."""
-    name = attention.resolve_backend("auto", device)
+    name = attention.resolve_backend("auto", torch.empty(0, device=device, dtype=torch.bfloat16))
     try:
         q, k = (
             torch.randn(2, n, 4, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -136,17 +136,26 @@ def require_trainable_attention(device: torch.device) -> None:
 
 
 def build_expert(config: WanConfig, *, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-    """Fresh weights: as in the reference's `init_weights`, so the first prediction is zero."""
+    """Fresh weights, with which the velocity is about the noised latents themselves.
+
+    That is the noise, most of the velocity: the head undoes the patch embedding. (The reference
+    begins with a head of zeros and spends the first hundreds of iterations on learning this.)
+    """
     expert = WanTransformer(config.transformer)
     for module in expert.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(expert.patch_embedding.weight.flatten(1))
     for layer in (*expert.text_embedding, *expert.time_embedding):
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)
-    nn.init.zeros_(expert.head.head.weight)
+    patches = expert.patch_embedding.weight  # [D, C, pt, ph, pw]; tokens have C last
+    nn.init.zeros_(expert.patch_embedding.bias)
+    nn.init.orthogonal_(patches.flatten(1))
+    noise = patches.detach()[:, : config.vae.z_dim].permute(2, 3, 4, 1, 0).flatten(0, 3)
+    stream_rms = (noise.shape[0] / noise.shape[1]) ** 0.5
+    with torch.no_grad():
+        expert.head.head.weight.copy_(stream_rms * noise)
     return to_precision(expert, device=device, dtype=dtype)
 
 
@@ -171,10 +180,33 @@ def widen_for_images(weights: Mapping[str, Tensor], in_channels: int) -> dict[st
 
 
 def embed_prompts(text_encoder: UMT5EncoderModel, ids_BL: Tensor) -> Tensor:
-    """[B,L,D] float32, rows of padding zero."""
-    mask_BL = ids_BL != PAD_TOKEN_ID
-    hidden = text_encoder(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
-    return hidden.float() * mask_BL[..., None]
+    """[B,L,D] float32, rows of padding zero.
+
+    The encoder's own forward, less what cannot be in a CUDA graph: transformers makes its mask
+    from numbers in host memory.
+    """
+    is_token_BL = ids_BL != PAD_TOKEN_ID
+    x = text_encoder.shared(ids_BL)
+    mask = torch.zeros_like(is_token_BL, dtype=torch.float32)
+    mask = mask.masked_fill(~is_token_BL, torch.finfo(torch.float32).min)[:, None, None]
+    for block in text_encoder.encoder.block:
+        attention_layer, ffn_layer = block.layer
+        x = x + _attend(attention_layer.SelfAttention, attention_layer.layer_norm(x), mask)
+        x = ffn_layer(x)
+    hidden = text_encoder.encoder.final_layer_norm(x)
+    return hidden.float() * is_token_BL[..., None]
+
+
+def _attend(layer: nn.Module, x_BLD: Tensor, mask_B11L: Tensor) -> Tensor:
+    """UMT5's attention: not divided by the root of d_kv, a learned bias by distance."""
+    length = x_BLD.shape[1]
+    q, k, v = (
+        project(x_BLD).unflatten(-1, (layer.n_heads, -1)).transpose(1, 2)
+        for project in (layer.q, layer.k, layer.v)
+    )
+    bias = layer.compute_bias(length, length, device=x_BLD.device)
+    scores = (q @ k.transpose(2, 3) + bias).float() + mask_B11L
+    return layer.o((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 def text_context(expert: WanTransformer, embeds_BLD: Tensor) -> TextContext:
@@ -312,7 +344,5 @@ def _first_frame_loss(
 def build_text_encoder(
     config: WanConfig, *, device: torch.device, dtype: torch.dtype
 ) -> UMT5EncoderModel:
-    """Fresh weights, without dropout. Plain attention: its mask is made without looking at it."""
-    encoder = build_umt5(config.text_encoder).to(device, dtype).eval()
-    encoder.set_attn_implementation("eager")
-    return encoder
+    """Fresh weights, without dropout."""
+    return build_umt5(config.text_encoder).to(device, dtype).eval()

@@ -1,0 +1,315 @@
+"""The pipeline's decisions: order, resume, retries, blame, cancellation, lost leases.
+
+The job store and the artifact store are real; stages are fakes with the handles' interface, so
+that a test says what each call does. The real stages behind a real Serve are in tests/e2e.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from http_service import resolved
+
+from cluster.errors import RankDied
+from serve_app import pipeline as module
+from serve_app.jobs import JobStore, NewJob
+from serve_app.pipeline import Pipeline
+from serve_app.stages import LeaseLost, StageReport, StageResult
+from wan_model.config import WAN_TINY
+from wan_model.params import VideoParams
+
+pytestmark = pytest.mark.anyio
+NUM_STEPS = 20  # 10 of them on the high-noise expert
+
+
+class Response:
+    """A DeploymentResponse: awaitable, can be cancelled, can be passed on."""
+
+    def __init__(self, work) -> None:
+        self.task = asyncio.create_task(work)
+
+    def __await__(self):
+        return asyncio.shield(self.task).__await__()
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
+class Method:
+    def __init__(self, call: Callable) -> None:
+        self.call = call
+
+    def remote(self, *args, **kwargs) -> Response:
+        return Response(self.call(*args, **kwargs))
+
+
+class FakeStages:
+    """Every stage at once. `on_run` may raise, or wait, before an expert's segment is done."""
+
+    def __init__(self, service) -> None:
+        self.artifacts = module.Artifacts(service.artifacts_url)
+        self.calls: list[tuple] = []
+        self.on_run: Callable | None = None
+        self.encode = Method(self._encode)
+        self.run = Method(self._run)
+        self.decode = Method(self._decode)
+
+    async def _encode(self, prompt, negative_prompt):
+        self.calls.append(("encode", prompt))
+        return self._result("TextEncoder", 0, 0)
+
+    async def _run(self, job, text, image, earlier, *, checkpoint, from_step, to_step):
+        if earlier is None and checkpoint is not None:
+            await self.artifacts.get_arrays(checkpoint)
+        self.calls.append(("run", job.id, from_step, to_step))
+        if self.on_run is not None:
+            await self.on_run(job, from_step, to_step)
+        key = f"{job.id}/checkpoints/{job.attempt}-{to_step}.safetensors"
+        await self.artifacts.put_arrays(key, {"latents": np.zeros(1, np.float32)})
+        return dataclasses.replace(
+            self._result("Expert", from_step, to_step), artifacts={"checkpoint": key}
+        )
+
+    async def _decode(self, job, final, checkpoint):
+        self.calls.append(("decode", job.id))
+        return dataclasses.replace(self._result("VAE", 0, 0), artifacts={"video": f"{job.id}/v"})
+
+    def _result(self, stage, from_step, to_step) -> StageResult:
+        now = time.time()
+        report = StageReport(
+            stage=stage, replica="r", started_at=now - 1, ended_at=now, busy_s=1.0,
+            from_step=from_step, to_step=to_step,
+        )  # fmt: skip
+        return StageResult(report=report)
+
+    def segments(self, job_id: str) -> list[tuple[int, int]]:
+        return [call[2:] for call in self.calls if call[:2] == ("run", job_id)]
+
+
+@dataclasses.dataclass
+class Running:
+    pipeline: Pipeline
+    stages: FakeStages
+    store: JobStore
+
+    async def submit(self, **given) -> str:
+        params = VideoParams.for_model(WAN_TINY, num_steps=NUM_STEPS)
+        job = await self.store.submit(
+            NewJob(
+                model="wan-tiny", prompt="a cat", params=dataclasses.asdict(params),
+                num_steps=NUM_STEPS, predicted_s=1.0, **given,
+            )
+        )  # fmt: skip
+        return job.id
+
+    async def wait(self, job_id: str, *statuses: str, timeout_s: float = 20.0):
+        deadline = time.monotonic() + timeout_s
+        statuses = statuses or ("completed", "failed", "cancelled")
+        while time.monotonic() < deadline:
+            job = await self.store.get(job_id)
+            if job.status in statuses:
+                return job
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"still {job} after {timeout_s} s")
+
+
+@contextlib.asynccontextmanager
+async def running(tmp_path, monkeypatch, **jobs):
+    monkeypatch.setattr(module, "RETRY_DELAY_S", 0.01)
+    # Outside Serve there is nobody to ask; the lines keep the places they began with.
+    monkeypatch.setattr(module, "_num_running_replicas", lambda: {"Pipeline": 1})
+    service = resolved(
+        models={"wan-tiny": {"checkpoint": "x"}},
+        data_dir=str(tmp_path),
+        jobs={"lease_s": 2, "max_attempts": 3} | jobs,
+    )
+    stages = FakeStages(service)
+    pipeline = Pipeline.__new__(Pipeline)
+    names = [stage.name for stage in service.stages]
+    await pipeline.__init__(service, dict.fromkeys(names, stages))
+    for line in pipeline.lines.values():
+        line.resize(1)
+        line.resize = lambda num_places: None
+    try:
+        yield Running(pipeline, stages, pipeline.store)
+    finally:
+        await pipeline.__del__()
+
+
+async def test_a_job_runs_through_its_stages_in_order(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        job_id = await r.submit()
+        job = await r.wait(job_id)
+        assert job.status == "completed"
+        assert r.stages.calls[0] == ("encode", "a cat")
+        assert r.stages.calls[-1] == ("decode", job_id)
+        segments = r.stages.segments(job_id)
+        assert segments[0] == (0, 1), "the first segment measures one step"
+        assert [a for a, _ in segments[1:]] == [b for _, b in segments[:-1]]
+        assert any(b == 10 for _, b in segments), "no segment crosses the boundary"
+        assert not await r.stages.artifacts.exists(f"{job_id}/checkpoints/1-1.safetensors")
+        assert [t["stage"] for t in job.artifacts["timings"]][0] == "TextEncoder"
+
+
+async def test_a_dead_group_costs_no_step_that_was_checkpointed(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        deaths = []
+
+        async def die_once(job, from_step, to_step):
+            if from_step >= 10 and not deaths:
+                deaths.append(from_step)
+                raise RankDied("killed")
+
+        r.stages.on_run = die_once
+        job_id = await r.submit()
+        job = await r.wait(job_id)
+        assert (job.status, job.attempt) == ("completed", 2)
+        starts = [a for a, _ in r.stages.segments(job_id)]
+        assert starts.count(0) == 1, "it did not start over"
+        assert starts[starts.index(deaths[0]) + 1] == deaths[0], "the lost segment came again"
+
+
+async def test_a_job_that_always_kills_its_group_is_given_up(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+
+        async def always(job, from_step, to_step):
+            raise RankDied("killed")
+
+        r.stages.on_run = always
+        job = await r.wait(await r.submit())
+        assert (job.status, job.error_code) == ("failed", "too_many_attempts")
+        assert job.attempt == 3
+
+
+async def test_a_job_that_only_waited_when_the_group_died_is_not_blamed(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        left = [6]
+
+        async def unsent(job, from_step, to_step):
+            if left[0]:
+                left[0] -= 1
+                dead = RankDied("killed by another")
+                dead.was_sent = False
+                raise dead
+
+        r.stages.on_run = unsent
+        job = await r.wait(await r.submit())
+        assert (job.status, job.failures) == ("completed", 0)
+        assert job.attempt == 7
+
+
+async def test_an_unreadable_checkpoint_means_starting_over(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        state = {"died": False}
+
+        async def die_and_lose(job, from_step, to_step):
+            if from_step == 1 and not state["died"]:
+                state["died"] = True
+                await r.stages.artifacts.delete_prefix(f"{job.id}/checkpoints")
+                raise RankDied("killed")
+
+        r.stages.on_run = die_and_lose
+        job_id = await r.submit()
+        assert (await r.wait(job_id)).status == "completed"
+        assert [a for a, _ in r.stages.segments(job_id)].count(0) == 2
+
+
+async def test_cancelling_stops_the_running_segment(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        stopped = asyncio.Event()
+
+        async def hang(job, from_step, to_step):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                stopped.set()
+                raise
+
+        r.stages.on_run = hang
+        job_id = await r.submit()
+        await r.wait(job_id, "in_progress")
+        await asyncio.sleep(0.2)
+        await r.store.request_cancel(job_id)
+        assert (await r.wait(job_id)).status == "cancelled"
+        await asyncio.wait_for(stopped.wait(), 5)
+
+
+async def test_an_attempt_that_lost_its_lease_writes_nothing(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+
+        async def lose(job, from_step, to_step):
+            if job.attempt == 1:
+                await r.store.release(job.id, 1)  # as if another pipeline had taken it
+                raise LeaseLost(job.id)
+
+        r.stages.on_run = lose
+        job = await r.wait(await r.submit())
+        assert (job.status, job.attempt, job.failures) == ("completed", 2, 0)
+
+
+async def test_a_wrong_request_fails_with_its_sentence_and_another_error_with_none(
+    tmp_path, monkeypatch
+):
+    async with running(tmp_path, monkeypatch) as r:
+        errors = [ValueError("the image is cut short"), ZeroDivisionError("/etc/secret")]
+
+        async def fail(job, from_step, to_step):
+            raise errors.pop(0)
+
+        r.stages.on_run = fail
+        first = await r.wait(await r.submit())
+        assert (first.error_code, first.error_message) == (
+            "invalid_request", "the image is cut short",
+        )  # fmt: skip
+        second = await r.wait(await r.submit())
+        assert second.error_code == "internal_error"
+        assert "secret" not in second.error_message
+
+
+async def test_the_most_urgent_job_goes_first_and_then_the_oldest(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        busy = asyncio.Event()
+
+        async def hold_the_first(job, from_step, to_step):
+            # The first until all four have come, all others longer than a job needs between two.
+            await asyncio.sleep(0.1 if busy.is_set() else 0.6)
+            busy.set()
+
+        r.stages.on_run = hold_the_first
+        jobs = [await r.submit() for _ in range(3)]
+        urgent = await r.submit(priority=5)
+        for job_id in (*jobs, urgent):
+            assert (await r.wait(job_id)).status == "completed"
+        high = [call[1] for call in r.stages.calls if call[0] == "run" and call[2] < 10]
+        # The first was inside when the others came; it is behind the urgent one for its second.
+        assert list(dict.fromkeys(high[1:])) == [urgent, *jobs]
+
+
+async def test_a_row_that_is_not_understood_fails_alone(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        bad = await r.store.submit(
+            NewJob(model="wan-tiny", prompt="x", params={"unknown": 1}, num_steps=1, predicted_s=1)
+        )
+        good = await r.submit()
+        assert (await r.wait(bad.id)).status == "failed"
+        assert (await r.wait(good)).status == "completed"
+        r.pipeline.check_health()
+
+
+async def test_shutting_down_gives_the_jobs_back(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+
+        async def hang(job, from_step, to_step):
+            await asyncio.sleep(60)
+
+        r.stages.on_run = hang
+        job_id = await r.submit()
+        await r.wait(job_id, "in_progress")
+    store = await JobStore.open(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    job = await store.get(job_id)
+    assert (job.status, job.failures) == ("queued", 0)
+    await store.close()
