@@ -8,8 +8,9 @@ only the engines are not (sleeping_engines.py). Two figures, each from the jobs'
 
     hand-over    of jobs that run alone: the time in which no stage works, per hand-over; the claim
                  of the queued job and its completion are hand-overs too
-    busy share   of the bottleneck stage while many jobs wait: how much of the time between its
-                 first start and its last end it slept, i.e. a GPU would have computed
+    busy share   of the bottleneck stage while many jobs wait: the share of the time between its
+                 first start and its last end in which its ranks were called; and the smaller share
+                 in which they slept, i.e. a GPU would have computed
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def solo_figures(jobs: Sequence[JobTrace], slept: dict[str, float]) -> dict[str,
 
 
 def saturation_figures(jobs: Sequence[JobTrace], slept: dict[str, float]) -> dict[str, Any]:
-    """Of jobs that were submitted at once. `slept_share` <= `busy_share`: within its busy time a
-    stage also records progress and calls its ranks."""
+    """Of jobs that were submitted at once. `busy_share`: as the stage tells it, which includes the
+    calls to its ranks; `slept_share`: what the engine slept, which is less."""
     bottleneck = max(slept, key=lambda stage: slept[stage])
     spans = [span for job in jobs for span in job.timings if span.stage == bottleneck]
     window = window_of(spans)

@@ -99,7 +99,7 @@ def _draw(axis: Any, run: Run, rows: list[tuple[str, str]]) -> None:
             # The edge makes a call of milliseconds visible.
             axis.barh(
                 row_of[span.stage, span.replica], span.seconds, left=span.started_at - start,
-                height=0.8, color=colour, edgecolor=colour, linewidth=0.6,
+                height=0.8, color=colour, edgecolor=colour, linewidth=0.6, alpha=0.85,
             )  # fmt: skip
     axis.set_yticks(range(len(rows)), [_label(row, rows) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)

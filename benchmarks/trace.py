@@ -19,12 +19,16 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One stage's work on one job; an expert's covers the steps [from_step, to_step)."""
+    """One stage's work on one job; an expert's covers the steps [from_step, to_step).
+
+    `busy_s` <= `seconds`: between two steps of a job an expert may work for another one.
+    """
 
     stage: str
     replica: str
     started_at: float
     ended_at: float
+    busy_s: float
     from_step: int = 0
     to_step: int = 0
 
@@ -142,15 +146,33 @@ def stage_figures(spans: Sequence[Span]) -> dict[str, dict[str, Any]]:
 
 
 def busy_share_by_replica(spans: Iterable[Span], window: Interval) -> dict[str, float]:
-    """The share of `window` in which a replica works for at least one job."""
-    of_replica: dict[str, list[Interval]] = {}
+    """The share of `window` in which a replica works.
+
+    Two bounds, of which the lower holds: the time covered by any span (an expert may pause in it),
+    and the sum of `busy_s` (calls of the other stages wait for each other within theirs). A span
+    that the window cuts counts in proportion.
+    """
+    of_replica: dict[str, list[Span]] = {}
     for span in spans:
-        of_replica.setdefault(span.replica, []).append((span.started_at, span.ended_at))
+        of_replica.setdefault(span.replica, []).append(span)
     length_s = window[1] - window[0]
     return {
-        replica: union_s(clipped(intervals, window)) / length_s if length_s > 0 else 0.0
-        for replica, intervals in of_replica.items()
+        replica: min(_covered_s(mine, window), _worked_s(mine, window)) / length_s
+        if length_s > 0
+        else 0.0
+        for replica, mine in of_replica.items()
     }
+
+
+def _covered_s(spans: Sequence[Span], window: Interval) -> float:
+    return union_s(clipped([(span.started_at, span.ended_at) for span in spans], window))
+
+
+def _worked_s(spans: Sequence[Span], window: Interval) -> float:
+    inside = (
+        (span, union_s(clipped([(span.started_at, span.ended_at)], window))) for span in spans
+    )
+    return sum(span.busy_s * part_s / span.seconds for span, part_s in inside if part_s)
 
 
 def overlap(spans: Sequence[Span]) -> dict[str, float] | None:

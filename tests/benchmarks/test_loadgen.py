@@ -72,6 +72,7 @@ class FakeService:
     def show(self, video):
         start, end = video["created"], video["created"] + self.job_s
         timing = {"stage": "s", "replica": "r", "started_at": start, "ended_at": end}
+        timing |= {"busy_s": end - start, "from_step": 0, "to_step": 0}
         done = time.time() >= end
         return {
             "id": video["id"], "model": "m", "error": None,

@@ -19,7 +19,7 @@ def params(num_steps=12):
 def trace(start, *spans):
     """Spans as (stage, started, ended) in seconds after `start`; completed 0.1 s after the last."""
     timings = tuple(
-        Span(stage=stage, replica=stage, started_at=start + a, ended_at=start + b)
+        Span(stage=stage, replica=stage, started_at=start + a, ended_at=start + b, busy_s=b - a)
         for stage, a, b in spans
     )
     return JobTrace(

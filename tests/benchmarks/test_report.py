@@ -32,9 +32,9 @@ def test_stages_missing_from_one_run_leave_its_cells_empty():
 
 def test_rows_are_stages_in_the_order_of_their_use_with_one_row_per_replica():
     spans = [
-        Span(stage="high", replica="b", started_at=2, ended_at=3),
-        Span(stage="text", replica="x", started_at=1, ended_at=2),
-        Span(stage="high", replica="a", started_at=4, ended_at=5),
+        Span(stage="high", replica="b", started_at=2, ended_at=3, busy_s=1),
+        Span(stage="text", replica="x", started_at=1, ended_at=2, busy_s=1),
+        Span(stage="high", replica="a", started_at=4, ended_at=5, busy_s=1),
     ]
     job = JobTrace(id="v", model="m", status="completed", submitted_at=0, completed_at=6,
                    timings=tuple(spans))  # fmt: skip

@@ -18,10 +18,11 @@ from benchmarks.trace import (
 )
 
 
-def span(stage, started_at, ended_at, replica=None):
+def span(stage, started_at, ended_at, replica=None, busy_s=None):
     return Span(
-        stage=stage, replica=replica or f"{stage}#1", started_at=started_at, ended_at=ended_at
-    )
+        stage=stage, replica=replica or f"{stage}#1", started_at=started_at, ended_at=ended_at,
+        busy_s=ended_at - started_at if busy_s is None else busy_s,
+    )  # fmt: skip
 
 
 def job(name, submitted_at, completed_at, *timings, status="completed", **more):
@@ -70,6 +71,14 @@ def test_a_replica_that_works_for_two_jobs_at_once_is_busy_once():
     [stage] = figures([job("a", 0, 6, *spans)])["stages"].values()
     assert stage["busy_s"] == pytest.approx(6)
     assert stage["call_s"]["mean"] == pytest.approx(4)
+
+
+def test_pauses_between_the_steps_of_a_job_are_not_busy():
+    # Two jobs step in turns from 0 to 8, each 3 s of them: 2 s were nobody's.
+    spans = [span("high", 0, 8, busy_s=3), span("high", 0, 8, busy_s=3)]
+    assert busy_share_by_replica(spans, (0, 10)) == {"high#1": pytest.approx(0.6)}
+    # Of a span that is half outside, half its work counts.
+    assert busy_share_by_replica(spans, (4, 14)) == {"high#1": pytest.approx(0.3)}
 
 
 def test_the_busy_share_of_a_stage_is_the_mean_of_its_replicas():
@@ -143,5 +152,5 @@ def test_a_file_that_is_no_result_is_refused_by_name(tmp_path, text):
 
 
 def test_timings_may_carry_fields_that_are_not_known_here():
-    told = {"stage": "s", "replica": "r", "started_at": 1.0, "ended_at": 2.0, "novelty": 3}
-    assert spans_of([told]) == (Span(stage="s", replica="r", started_at=1.0, ended_at=2.0),)
+    told = {"stage": "s", "replica": "r", "started_at": 1.0, "ended_at": 2.0, "busy_s": 0.5}
+    assert spans_of([told | {"novelty": 3}]) == (Span(**told),)
