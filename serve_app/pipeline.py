@@ -224,7 +224,9 @@ class Attempt:
         config = stages.served.config
         await self._progress("TextEncoder", 0)
         negative_prompt = job.negative_prompt or config.negative_prompt
-        text, _ = await self._call(stages.text_encoder.encode, job.prompt, negative_prompt)
+        text, _ = await self._call(
+            stages.text_encoder.encode, self.ticket, job.prompt, negative_prompt
+        )
         image = None
         if job.input_image is not None:
             image, _ = await self._call(

@@ -23,7 +23,7 @@ from cluster.ray_group import RayGroup
 from cluster.spec import GroupSpec
 from serve_app.artifacts import Arrays, Artifacts
 from serve_app.jobs import JobStore, Renewal, StoreUnavailable
-from serve_app.line import Line
+from serve_app.line import Line, Place
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class Stage:
         self.store = await JobStore.open(stores.job_store_url)
         self.group = await start_group(spec, on_death=exit_on_death())
         self.replica = _replica_id()
+        self.turns = Line()
         await self.group.call("warm_up", timeout_s=spec.start_timeout_s)
         self.open = True
 
@@ -141,20 +142,22 @@ class TextEncoder(Stage):
         self.cache: OrderedDict[str, Any] = OrderedDict()
         await super().__init__(*args, **kwargs)
 
-    async def encode(self, prompt: str, negative_prompt: str) -> StageResult:
-        started_at = time.time()
+    async def encode(self, job: JobTicket, prompt: str, negative_prompt: str) -> StageResult:
         prompts = (prompt, negative_prompt)
-        missing = [text for text in dict.fromkeys(prompts) if text not in self.cache]
-        found = {text: self.cache[text] for text in prompts if text in self.cache}
-        if missing:
-            found |= zip(missing, await self.group.call("encode", missing), strict=True)
+        async with self.turns.place(job.rank):
+            started_at = time.time()
+            missing = [text for text in dict.fromkeys(prompts) if text not in self.cache]
+            found = {text: self.cache[text] for text in prompts if text in self.cache}
+            if missing:
+                found |= zip(missing, await self.group.call("encode", missing), strict=True)
+            report = self.report(started_at)
         for text, embeds in found.items():
             self.cache[text] = embeds
             self.cache.move_to_end(text)
         while len(self.cache) > CACHED_PROMPTS:
             self.cache.popitem(last=False)
         return StageResult(
-            report=self.report(started_at),
+            report=report,
             arrays={
                 "prompt_embeds": found[prompt],
                 "negative_prompt_embeds": found[negative_prompt],
@@ -165,10 +168,6 @@ class TextEncoder(Stage):
 class Expert(Stage):
     """Denoising segments. The job of the lowest rank has the group; the next one steps only while
     the first is away, handing over its state."""
-
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.turns = Line()
-        await super().__init__(*args, **kwargs)
 
     async def run(
         self,
@@ -195,15 +194,8 @@ class Expert(Stage):
             await self.group.call(
                 "open", key, params=job.params, conditioning=conditioning, state=state
             )
-            started_at, busy_s = None, 0.0
-            for _ in range(from_step, to_step):
-                async with self.turns.place(job.rank):
-                    began = time.time()
-                    started_at = started_at or began
-                    stepped = await self.group.call("step", key)
-                    busy_s += time.time() - began
-                await self._record(job, stepped["step_index"])
-            report = self.report(started_at, busy_s=busy_s, from_step=from_step, to_step=to_step)
+            async with self.turns.place(job.rank) as place:
+                report = await self._steps(job, key, place, from_step, to_step)
             arrays = await self.group.call("export", key, ranks="first")
         finally:
             if self.group.dead is None:
@@ -211,6 +203,27 @@ class Expert(Stage):
         checkpoint = f"{checkpoints_of(job.id)}/{job.attempt}-{to_step}.safetensors"
         await self.artifacts.put_arrays(checkpoint, arrays)
         return StageResult(report=report, arrays=arrays, artifacts={"checkpoint": checkpoint})
+
+    async def _steps(
+        self, job: JobTicket, key: str, place: Place, from_step: int, to_step: int
+    ) -> StageReport:
+        """Progress is written while the next step runs; a job with a lower rank goes first."""
+        started_at, busy_s = time.time(), 0.0
+        recorded: asyncio.Task | None = None
+        try:
+            for _ in range(from_step, to_step):
+                await place.give_way()
+                began = time.time()
+                stepped = await self.group.call("step", key)
+                busy_s += time.time() - began
+                if recorded is not None:
+                    await recorded
+                recorded = asyncio.create_task(self._record(job, stepped["step_index"]))
+            await recorded
+        finally:
+            if recorded is not None:
+                await asyncio.gather(recorded, return_exceptions=True)
+        return self.report(started_at, busy_s=busy_s, from_step=from_step, to_step=to_step)
 
     async def _record(self, job: JobTicket, step: int) -> None:
         """Moves the job's progress and learns whether to stop."""
@@ -236,25 +249,30 @@ class Expert(Stage):
 class VAE(Stage):
     """Images -> conditioning, final states -> mp4 and thumbnail in the artifact store."""
 
-    async def encode_image(self, job: JobTicket, task: str, image: str, last_image: str | None):
+    async def encode_image(
+        self, job: JobTicket, task: str, image: str, last_image: str | None
+    ) -> StageResult:
         """`image`, `last_image`: artifact keys. Raises ValueError when they hold no image."""
         data = await self.artifacts.get(image)
         last_data = await self.artifacts.get(last_image) if last_image else None
-        started_at = time.time()
-        arrays = await self.group.call(
-            "encode_image", task=task, params=job.params, image=data, last_image=last_data
-        )
-        return StageResult(report=self.report(started_at), arrays=arrays)
+        async with self.turns.place(job.rank):
+            started_at = time.time()
+            arrays = await self.group.call(
+                "encode_image", task=task, params=job.params, image=data, last_image=last_data
+            )
+            report = self.report(started_at)
+        return StageResult(report=report, arrays=arrays)
 
     async def decode(
         self, job: JobTicket, final: StageResult | None, checkpoint: str
     ) -> StageResult:
         state = final.arrays if final is not None else await self.artifacts.get_arrays(checkpoint)
-        started_at = time.time()
-        made = await self.group.call(
-            "decode", params=job.params, state={"latents": state["latents"]}
-        )
-        report = self.report(started_at)
+        async with self.turns.place(job.rank):
+            started_at = time.time()
+            made = await self.group.call(
+                "decode", params=job.params, state={"latents": state["latents"]}
+            )
+            report = self.report(started_at)
         # Under the attempt's name: a fenced-off attempt must not replace the winner's file.
         keys = {
             "video": f"{job.id}/video-{job.attempt}.mp4",

@@ -84,3 +84,48 @@ async def test_one_cancelled_inside_leaves():
     assert log == ["inside", "behind"]
     stay.set()
     await behind
+
+
+async def test_a_lower_rank_that_waits_is_given_way_and_no_other():
+    line, log = Line(1), []
+
+    async def worker(name: str, rank: int, num_steps: int) -> None:
+        async with line.place(rank) as place:
+            for _ in range(num_steps):
+                await place.give_way()
+                log.append(name)
+                await asyncio.sleep(0.01)
+
+    second = asyncio.create_task(worker("second", 2, 4))
+    await asyncio.sleep(0.015)
+    first = asyncio.create_task(worker("first", 1, 3))
+    third = asyncio.create_task(worker("third", 3, 1))
+    await asyncio.gather(first, second, third)
+    assert log == ["second"] * 2 + ["first"] * 3 + ["second"] * 2 + ["third"]
+
+
+async def test_one_cancelled_while_giving_way_leaves_the_line_in_order():
+    line, stay = Line(1), asyncio.Event()
+    inside: list[str] = []
+
+    async def yielding() -> None:
+        async with line.place(2) as place:
+            await stay.wait()
+            await place.give_way()
+            raise AssertionError("the urgent one never leaves")
+
+    task = asyncio.create_task(yielding())
+    await settle()
+    forever = asyncio.Event()
+    urgent = asyncio.create_task(visit(line, 1, "urgent", inside, forever))
+    await settle()
+    stay.set()
+    await settle()
+    assert inside == ["urgent"]
+    task.cancel()
+    await settle()
+    forever.set()
+    await asyncio.gather(task, urgent, return_exceptions=True)
+    async with line.place(9):
+        inside.append("later")
+    assert inside == ["urgent", "later"]

@@ -58,7 +58,7 @@ class FakeStages:
         self.run = Method(self._run)
         self.decode = Method(self._decode)
 
-    async def _encode(self, prompt, negative_prompt):
+    async def _encode(self, job, prompt, negative_prompt):
         self.calls.append(("encode", prompt))
         return self._result("TextEncoder", 0, 0)
 
