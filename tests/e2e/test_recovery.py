@@ -51,7 +51,10 @@ def test_a_killed_process_changes_nothing_for_the_job(service, undisturbed, what
     service.wait_until_ready()
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+# The tests above run on SQLite; two more starts of everything are for the long matrix.
+@pytest.mark.parametrize(
+    "database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.chaos)]
+)
 def test_everything_killed_at_once_loses_no_job(
     request, tmp_path, checkpoints, undisturbed, database
 ):
