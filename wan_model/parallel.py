@@ -10,6 +10,7 @@ H heads, D head_dim. Rank = cfg_rank * sp_degree + ring_rank * ulysses_degree + 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -179,10 +180,12 @@ class Mesh:
         return parts[0], parts[1]
 
 
+@functools.cache
 def make_mesh(dims: ParallelDims, *, num_heads: int) -> Mesh | None:
     """Splits the default process group by `dims`; None on one rank. Collective.
 
-    Raises ValueError when the degrees do not fit the number of ranks or heads.
+    Made once per process: both experts of a video use the same groups. Raises ValueError when the
+    degrees do not fit the number of ranks or heads.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     dims.check(world_size=world_size, num_heads=num_heads)
@@ -234,5 +237,6 @@ def join_torchrun(device: str) -> str:
 
 
 def leave_torchrun() -> None:
+    make_mesh.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
