@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from wan_model.config import NEGATIVE_PROMPT
@@ -31,7 +32,12 @@ def png(width=64, height=64) -> bytes:
 
 
 def reference_mp4(folder, *, task: str, image: bytes | None = None, **given) -> bytes:
-    """What one process makes of the same request, muxed by the same writer."""
+    """What one process makes of the same request, muxed by the same writer.
+
+    With one thread, as the service's workers have here: another number sums in another order, and
+    bytes are compared, not latents.
+    """
+    torch.set_num_threads(1)
     config = open_checkpoint(str(folder)).config
     given = {"width": 64, "height": 64, "num_frames": 9, "seed": 1, "num_steps": 6} | given
     params = VideoParams.for_model(config, **given)
