@@ -173,6 +173,9 @@ def diffusers_task(index: Json, transformer: Json) -> tuple[Task, int]:
     return "i2v" if is_image else "t2v", num_experts
 
 
+_TEXT_LEN = 512  # of every released model; the Diffusers layout says it only where it differs
+
+
 def transformer_from_diffusers(config: Json) -> TransformerConfig:
     if config.get("image_dim") or config.get("added_kv_proj_dim"):
         raise ValueError("image_dim is set: Wan2.1 I2V with CLIP image tokens is not supported")
@@ -184,6 +187,7 @@ def transformer_from_diffusers(config: Json) -> TransformerConfig:
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
         text_dim=config["text_dim"],
+        text_len=config.get("text_len", _TEXT_LEN),
         freq_dim=config["freq_dim"],
         patch_size=tuple(config["patch_size"]),
         eps=config["eps"],
@@ -191,6 +195,7 @@ def transformer_from_diffusers(config: Json) -> TransformerConfig:
 
 
 def transformer_to_diffusers(config: TransformerConfig) -> Json:
+    text_len = {} if config.text_len == _TEXT_LEN else {"text_len": config.text_len}
     return {
         "_class_name": "WanTransformer3DModel",
         "_diffusers_version": "0.36.0",
@@ -210,6 +215,7 @@ def transformer_to_diffusers(config: TransformerConfig) -> Json:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
         "text_dim": config.text_dim,
+        **text_len,
     }
 
 

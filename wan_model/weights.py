@@ -136,7 +136,7 @@ class Checkpoint:
         try:
             tokenizer = load_tokenizer(folder)
             load_parameters(model, slots, shards, device=device, dtype=dtype)
-            return TextEncoder(model, tokenizer)
+            return TextEncoder(model, tokenizer, max_tokens=self.config.transformer.text_len)
         except CheckpointError:
             raise
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The training loop: float32 weights, AdamW, the running average, and one CUDA graph for it all.
+"""The training loop: float32 weights, their steps, the running average, one CUDA graph for it all.
 
 Owns everything that is the same for every network: mixed precision, clipping, the learning rate
 over the time that is lent, logging and the training checkpoint. Knows nothing about what is
@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from wan_model.tiny.muon import MatrixView, Muon
 
 Loss = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 """-> the number to minimise, and the parts of it to be logged, [K]."""
@@ -61,7 +63,11 @@ class Loop:
         device: torch.device,
         seed: int = 0,
         log_every_s: float = 5.0,
+        num_stacked: Callable[[str, Tensor], int] | None = None,
     ) -> None:
+        """`num_stacked(name, parameter)`: how many matrices, one below the other, `Muon` is to see
+        in a parameter; 0 leaves it to AdamW, as all are without this function.
+        """
         self.schedule = schedule
         self.part_names = part_names
         self.device = device
@@ -92,6 +98,7 @@ class Loop:
             fused=True,
             capturable=on_gpu,
         )
+        self._muon = Muon(self._matrices(num_stacked) if num_stacked else [])
         self._generator = torch.Generator(device).manual_seed(seed)
         self._started_s = self._logged_s = time.monotonic()
 
@@ -100,6 +107,15 @@ class Loop:
         parameters = list(self._parameters.values())
         pieces = flat.split([p.numel() for p in parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+
+    def _matrices(self, num_stacked: Callable[[str, Tensor], int]) -> list[MatrixView]:
+        views = zip(self._parameters, self._views, self._gradient_views, strict=True)
+        return [
+            pair
+            for name, weight, gradient in views
+            if (count := num_stacked(name, weight))
+            for pair in zip(weight.chunk(count), gradient.chunk(count), strict=True)
+        ]
 
     def averaged(self) -> dict[str, Tensor]:
         """The running average of every weight, "network.parameter" -> float32 on the CPU."""
@@ -192,7 +208,7 @@ class Loop:
         return graph.replay
 
     def _step(self, loss: Loss) -> None:
-        """Forward, backward, clip, AdamW, average: fixed shapes, and nothing waits for the GPU."""
+        """Forward, backward, clip, update, average: fixed shapes, and nothing waits for the GPU."""
         for parameter in self._parameters.values():
             parameter.grad = None
         total, parts = loss(self._generator)
@@ -209,6 +225,7 @@ class Loop:
             scale = (self.schedule.largest_gradient / (norm + 1e-6)).clamp(max=1.0)
             # A step whose gradient overflowed is a step not taken.
             gradient.copy_(torch.where(torch.isfinite(norm), gradient * scale, 0.0))
+            self._muon.step(self._rate)
             self._optimizer.step()
             torch._foreach_copy_(list(self._parameters.values()), self._views)
             self._num_steps += 1
@@ -252,6 +269,7 @@ class Loop:
             "weights": self.weights.detach(),
             "average": self.average,
             "optimizer": self._optimizer.state_dict()["state"],
+            "momenta": self._muon.momenta,
             "generator": self._generator.get_state(),
             "history": self.history,
         }
@@ -268,6 +286,8 @@ class Loop:
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         self._optimizer.param_groups[0]["lr"] = self._rate
         with torch.no_grad():
+            for momentum, saved in zip(self._muon.momenta, state["momenta"], strict=True):
+                momentum.copy_(saved)
             self.weights.copy_(state["weights"])
             self.average.copy_(state["average"])
             self._num_steps.copy_(state["num_steps"])

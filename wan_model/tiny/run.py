@@ -47,7 +47,7 @@ class Run:
     batch_size: int | None = None
     learning_rate: float | None = None
     resume: Path | None = None
-    attention_backend: str = "auto"
+    attention_backend: str = "sdpa"
 
     @property
     def folder(self) -> Path:

@@ -120,8 +120,6 @@ def trained_vae(run: Run, stage: str) -> WanVAE:
 
 
 def run_denoiser(run: Run, workers: ClipWorkers) -> None:
-    if run.device.type == "cuda":
-        train_denoiser.require_trainable_attention(run.device)
     vae = trained_vae(run, VAE_STAGES[run.stage])
     config = replace(MODELS[run.stage], vae=vae.config)
     tokenizer = caption_tokenizer()
@@ -141,6 +139,7 @@ def run_denoiser(run: Run, workers: ClipWorkers) -> None:
         run.schedule(train_denoiser.LEARNING_RATE, betas=(0.9, 0.99)),
         part_names=tuple(expert.value for expert in experts),
         device=run.device,
+        num_stacked=train_denoiser.num_stacked,
     )
     run.resume_into(loop)
     loss = train_denoiser.denoising_loss(
@@ -151,6 +150,8 @@ def run_denoiser(run: Run, workers: ClipWorkers) -> None:
         batch_size=run.batch_size or train_denoiser.BATCH_SIZES[run.stage],
         attention_backend=run.attention_backend,
     )
+    if run.device.type == "cuda":
+        train_denoiser.compile_blocks(experts.values())
     loop.run(loss, checkpoint=run.checkpoint)
     averaged = loop.averaged()
     run.save_weights(averaged)
@@ -160,7 +161,9 @@ def run_denoiser(run: Run, workers: ClipWorkers) -> None:
     models = Models(
         config=config, experts=experts, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
     )
-    run.report(loop, _score(run, models, workers))
+    # The batches of sampling have other sizes: each would be compiled anew.
+    with torch.compiler.set_stance("force_eager"):
+        run.report(loop, _score(run, models, workers))
 
 
 def _networks(

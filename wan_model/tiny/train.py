@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="of the sampler, instead of the model's default")
     add("--batch", type=int)
     add("--learning-rate", type=float)
-    add("--attention", default="auto", help="kernel of the self-attention")
+    add("--attention", default="sdpa", help="kernel; it must have a gradient")
     add("--workers", type=int, help="processes that render and judge; 0: none")
     add("--to", type=Path, help="export: where the folders go (default: into the package)")
     return parser

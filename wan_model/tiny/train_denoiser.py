@@ -14,8 +14,7 @@ D text_dim.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from wan_model import attention
 from wan_model.config import NUM_TRAIN_TIMESTEPS, Expert, WanConfig
 from wan_model.parallel import SequenceParallel
 from wan_model.text_encoder import PAD_TOKEN_ID, build_umt5, clean_prompt
@@ -120,21 +118,6 @@ def with_mask(image_latents: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ networks
 
 
-def require_trainable_attention(device: torch.device) -> None:
-    """Where the kernel chosen for this device has no gradient, PyTorch's own choice takes over."""
-    name = attention.resolve_backend("auto", torch.empty(0, device=device, dtype=torch.bfloat16))
-    try:
-        q, k = (
-            torch.randn(2, n, 4, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for n in (320, 512)
-        )
-        attention.attention(q, k, k).sum().backward()
-        torch.cuda.synchronize()
-    except Exception as error:  # every kernel has errors of its own
-        warnings.warn(f"attention {name} cannot be trained ({error}): using sdpa", stacklevel=2)
-        attention._KERNELS[name] = attention._KERNELS["sdpa"]
-
-
 def build_expert(config: WanConfig, *, device: torch.device, dtype: torch.dtype) -> WanTransformer:
     """Fresh weights, with which the velocity is about the noised latents themselves.
 
@@ -167,6 +150,23 @@ def to_precision(
         kept = torch.float32 if is_float32_island(name) else dtype
         parameter.data = parameter.data.to(device, kept)
     return expert
+
+
+def num_stacked(name: str, parameter: Tensor) -> int:
+    """How many matrices `Muon` is to see in a weight of an expert: a fused q, k, v is three.
+
+    Embeddings, the head, everything of one dimension and the text encoder are AdamW's.
+    """
+    if ".blocks." not in name or parameter.dim() != 2:
+        return 0
+    return {"qkv": 3, "kv": 2}.get(name.split(".")[-2], 1)
+
+
+def compile_blocks(experts: Iterable[WanTransformer]) -> None:
+    """Fuses the float32 parts between the matrix products: half the time of an iteration."""
+    for expert in experts:
+        for block in expert.blocks:
+            block.compile(dynamic=False)
 
 
 def widen_for_images(weights: Mapping[str, Tensor], in_channels: int) -> dict[str, Tensor]:
@@ -243,9 +243,12 @@ def denoising_loss(
     config: WanConfig,
     *,
     batch_size: int,
-    attention_backend: str = "auto",
+    attention_backend: str = "sdpa",
 ) -> Loss:
-    """Mean squared error of the velocity, noise - x0; the parts are the experts'."""
+    """Mean squared error of the velocity, noise - x0; the parts are the experts'.
+
+    Of the attention kernels, PyTorch's own has a gradient on every device.
+    """
     sp = SequenceParallel(None, attention_backend)
     ranges = noise_ranges(config)
 
