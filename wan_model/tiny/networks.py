@@ -40,7 +40,8 @@ _TRANSFORMER = TransformerConfig(
     in_channels=16,
     out_channels=16,
     text_dim=TEXT_ENCODER.d_model,
-    # The longest caption is 31 tokens. Padding is attended to, and 512 rows of it drown the words.
+    # The longest caption is 31 tokens, and padding is attended to: 512 rows cost time and, perhaps,
+    # attention.
     text_len=64,
 )
 
