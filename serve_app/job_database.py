@@ -68,10 +68,31 @@ jobs = sa.Table(
     sa.Column("started_at", sa.Double),
     sa.Column("completed_at", sa.Double),
     sa.Column("expires_at", sa.Double),
+    sa.Column("extend_prompt", sa.Boolean, nullable=False, default=False),
+    sa.Column("remixed_from", sa.Text),
+    sa.Column("branch_from", sa.Text),
+    sa.Column("preview", sa.Boolean, nullable=False, default=False),
+    sa.Column("revised_prompt", sa.Text),
+    sa.Column("prompt_note", sa.Text),
+    sa.Column("boundary_state", sa.Text),
     sa.UniqueConstraint("owner", "idempotency_key", name="uq_jobs_idempotency"),
     sa.Index("ix_jobs_claim", "status", "priority", "seq"),
     sa.Index("ix_jobs_owner", "owner", "seq"),
     sa.Index("ix_jobs_expiry", "expires_at"),
+)
+webhook_deliveries = sa.Table(
+    "webhook_deliveries",
+    metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),  # webhook-id: the same at every retry
+    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("event", sa.Text, nullable=False),
+    sa.Column("payload", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("available_at", sa.Double, nullable=False),
+    sa.Column("lease_until", sa.Double),
+    sa.Index("ix_webhook_deliveries_due", "available_at"),
 )
 
 

@@ -44,7 +44,11 @@ def replace_unstorable(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
-    """What a client asked for. `input_image` and `last_image` are artifact keys."""
+    """What a client asked for. `input_image` and `last_image` are artifact keys.
+
+    `remixed_from` and `branch_from` are ids of other jobs; `extend_prompt` asks for a
+    `revised_prompt`, `preview` for a look at the boundary.
+    """
 
     id: str = field(default_factory=new_job_id)
     owner: str = ""  # "" = the service runs without API keys
@@ -60,6 +64,10 @@ class NewJob:
     last_image: str | None = None
     idempotency_key: str | None = None
     request_hash: str | None = None
+    extend_prompt: bool = False
+    remixed_from: str | None = None
+    branch_from: str | None = None
+    preview: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -75,6 +83,8 @@ class Job(NewJob):
 
     `attempt` is the fencing token: the number of claims so far, whatever became of them.
     `failures` counts the attempts that ended badly; only these are capped.
+    `revised_prompt` is what the experts were given instead of `prompt`, `prompt_note` why it is not
+    there although asked for. `boundary_state` is the artifact that a branch begins with.
     """
 
     status: JobStatus
@@ -95,6 +105,9 @@ class Job(NewJob):
     started_at: float | None
     completed_at: float | None
     expires_at: float | None
+    revised_prompt: str | None
+    prompt_note: str | None
+    boundary_state: str | None
 
     @property
     def finished(self) -> bool:

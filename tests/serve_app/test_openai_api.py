@@ -42,6 +42,7 @@ def job(**given) -> Job:
         "worker": None, "lease_until": None, "cancel_requested": False, "checkpoint": None,
         "checkpoint_step": 0, "artifacts": {}, "error_code": None, "error_message": None,
         "created_at": 1000.9, "started_at": None, "completed_at": None, "expires_at": None,
+            "revised_prompt": None, "prompt_note": None, "boundary_state": None,
     }  # fmt: skip
     return Job(**made | given)
 

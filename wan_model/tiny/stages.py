@@ -180,12 +180,14 @@ def _networks(
     weights = run.weights_of("t2v")
     load_rounded(text_encoder, part(weights, "text_encoder"))
     text_encoder.requires_grad_(False)
-    if run.stage == "i2v":
-        for name, expert in experts.items():
-            widened = train_denoiser.widen_for_images(
-                part(weights, name.value), config.transformer.in_channels
-            )
-            load_rounded(expert, widened)
+    for name, expert in experts.items():
+        from_t2v = part(weights, name.value)
+        if run.stage == "i2v":
+            channels = config.transformer.in_channels
+            start = train_denoiser.widen_for_images(from_t2v, channels)
+        else:
+            start = train_denoiser.with_trunk_of(from_t2v, expert.state_dict())
+        load_rounded(expert, start)
     return experts, text_encoder, trained
 
 

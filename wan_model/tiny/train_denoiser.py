@@ -179,6 +179,13 @@ def widen_for_images(weights: Mapping[str, Tensor], in_channels: int) -> dict[st
     return widened
 
 
+def with_trunk_of(weights: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A T2V expert's weights for a network with another VAE: only its latents' ways in and out
+    (the patch embedding and the head) are `fresh`."""
+    own = ("patch_embedding.", "head.")
+    return {name: fresh[name] if name.startswith(own) else t for name, t in weights.items()}
+
+
 def embed_prompts(text_encoder: UMT5EncoderModel, ids_BL: Tensor) -> Tensor:
     """[B,L,D] float32, rows of padding zero.
 
