@@ -11,8 +11,8 @@ setup: .venv/.ready  ## create .venv and install everything, at the tested versi
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 demo: setup  ## start the service, make one video of a prompt, stop the service
@@ -21,8 +21,8 @@ demo: setup  ## start the service, make one video of a prompt, stop the service
 serve: setup  ## start the service on http://127.0.0.1:8000 and leave it running
 	$(BIN)/serve run configs/local_tiny.yaml
 
-test: setup  ## run the test suite
-	$(BIN)/python -m pytest
+test: setup  ## run the test suite, on up to four cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

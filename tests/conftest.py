@@ -9,6 +9,9 @@ Fixtures
                     deployed. For a quick end give deployments graceful_shutdown_wait_loop_s=0.2
                     and graceful_shutdown_timeout_s=3.
     postgres_server, database_url       see postgres.py
+
+With pytest-xdist (`make test`) a file's tests stay together, and all that run Ray stay on one
+worker and begin first: two clusters at once would make their bounds on time meaningless.
 """
 
 import os
@@ -31,8 +34,23 @@ _FOLDERS = [str(ROOT), *(str(p) for p in sorted((ROOT / "tests").iterdir()) if p
 sys.path.extend(folder for folder in _FOLDERS if folder not in sys.path)
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, os.environ.get("PYTHONPATH", "")])
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores are at work already
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+
+
+_ON_RAY = ("e2e", "cluster")
+
+
+def pytest_collection_modifyitems(items):
+    def group(item):
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        on_ray = folder in _ON_RAY or "ray_cluster" in getattr(item, "fixturenames", ())
+        return "ray" if on_ray else str(item.path)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "ray")
 
 
 @pytest.fixture(scope="session")

@@ -256,8 +256,9 @@ WAN_TINY_I2V = replace(
     boundary_ratio=0.875,
 )  # fmt: skip
 WAN_TINY_TI2V = replace(
-    TI2V_5B, name="wan-tiny-ti2v", width=128, height=128, num_frames=17, fps=8, num_steps=20
-)
+    TI2V_5B, name="wan-tiny-ti2v", width=128, height=128, num_frames=17, fps=8, num_steps=20,
+    guidance_high_noise=2.0, guidance_low_noise=2.0,
+)  # fmt: skip
 """The small models trained in this repository (`wan_model/tiny`). Only their defaults are a row:
 like everyone's, their architecture numbers come from the checkpoint."""
 

@@ -83,18 +83,26 @@ def mistakes():
         case("--checkpoint {folder}", "is not a Wan checkpoint"),
         case("--checkpoint {folder}/none", "none"),
         case("--ulysses-degree 2", "cfg 1 * ring 1 * ulysses 2 = 2 != 1 ranks"),
-        case("--attention-backend fast", "unknown attention backend"),
+        case("--attention fast", "--attention: invalid choice"),
         case("--unknown", "--unknown"),
     ]
 
 
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "bomb.png"
+    Image.new("1", (30_000, 30_000)).save(path)
+    return path
+
+
 @pytest.mark.parametrize(("task", "words", "message"), mistakes())
-def test_a_mistake_is_one_line_and_exit_code_2(tiny, tmp_path, image, capsys, task, words, message):
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tiny, tmp_path, image, bomb, capsys, task, words, message
+):
     (tmp_path / "text.png").write_text("this is no picture")
-    Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     places = {
         "image": image, "folder": tmp_path, "text": tmp_path / "text.png",
-        "bomb": tmp_path / "bomb.png", "missing": tmp_path / "missing.png",
+        "bomb": bomb, "missing": tmp_path / "missing.png",
     }  # fmt: skip
     words = [word.format(**places) for word in words]
     try:

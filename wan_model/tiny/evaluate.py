@@ -184,6 +184,7 @@ def score_model(
     guidance: float | None = None,
     num_steps: int | None = None,
     batch_size: int = 100,
+    seed: int = 0,
 ) -> tuple[dict[str, float], list[np.ndarray]]:
     """(shares right, and with images the mean PSNR of the first frame; the videos)."""
     videos: list[np.ndarray] = []
@@ -197,7 +198,7 @@ def score_model(
             experts=experts,
             guidance=guidance,
             num_steps=num_steps,
-            seed=start,
+            seed=seed + start,
         )
         videos += decode_to_frames(models.vae, latents)
     scores = workers.score([clip.scene for clip in clips], videos)

@@ -108,7 +108,7 @@ def model_card(runs: Path, root: Path) -> str:
     ]
     training = [
         f"| {r['stage']} | {r['parameters'] / 1e6:.2f} M | {r['iterations']} | {r['clips']} "
-        f"| {r['seconds']:.0f} | {r['device']} | `{r['command']}` |"
+        f"| {r['seconds']:.0f} | {r['device']} | `{r['command']}`{_before(r)} |"
         for r in reports
     ]
     scores = [
@@ -124,6 +124,11 @@ def model_card(runs: Path, root: Path) -> str:
         training="\n".join(training),
         scores="\n".join(scores),
     )
+
+
+def _before(report: Mapping[str, str]) -> str:
+    """What `--resume` continued, where somebody wrote it into the report."""
+    return f", after {report['before']}" if "before" in report else ""
 
 
 def _score_row(stage: str, name: str, figures: Mapping[str, float]) -> str:

@@ -26,7 +26,7 @@ from wan_model.transformer import is_float32_island
 State = dict[str, Tensor]
 
 # What is left of the minutes for scores and files.
-EVALUATION_S = {"vae": 15.0, "vae22": 15.0, "t2v": 50.0, "i2v": 50.0, "ti2v": 40.0}
+EVALUATION_S = {"vae": 15.0, "vae22": 15.0, "t2v": 25.0, "i2v": 30.0, "ti2v": 25.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Run:
     batch_size: int | None = None
     learning_rate: float | None = None
     resume: Path | None = None
+    keep_text_encoder: bool = False
     attention_backend: str = "sdpa"
 
     @property

@@ -154,7 +154,7 @@ def run_denoiser(run: Run, workers: ClipWorkers) -> None:
         train_denoiser.compile_blocks(experts.values())
     loop.run(loss, checkpoint=run.checkpoint)
     averaged = loop.averaged()
-    run.save_weights(averaged)
+    run.save_weights(averaged | _kept_text_encoder(run))
     for name, network in trained.items():
         load_rounded(network, part(averaged, name))
         network.eval().requires_grad_(False)
@@ -175,11 +175,13 @@ def _networks(
     experts = {name: train_denoiser.build_expert(config, **where) for name in config.experts}
     text_encoder = train_denoiser.build_text_encoder(config, **where)
     trained: dict[str, nn.Module] = {name.value: expert for name, expert in experts.items()}
-    if run.stage == "t2v":
+    if run.stage == "t2v" and not run.keep_text_encoder:
         return experts, text_encoder, trained | {"text_encoder": text_encoder}
     weights = run.weights_of("t2v")
     load_rounded(text_encoder, part(weights, "text_encoder"))
     text_encoder.requires_grad_(False)
+    if run.stage == "t2v":
+        return experts, text_encoder, trained
     for name, expert in experts.items():
         from_t2v = part(weights, name.value)
         if run.stage == "i2v":
@@ -189,6 +191,14 @@ def _networks(
             start = train_denoiser.with_trunk_of(from_t2v, expert.state_dict())
         load_rounded(expert, start)
     return experts, text_encoder, trained
+
+
+def _kept_text_encoder(run: Run) -> dict[str, Tensor]:
+    """What T2V's file must still hold when its text encoder was not trained again."""
+    if not run.keep_text_encoder:
+        return {}
+    weights = run.weights_of("t2v")
+    return {name: t for name, t in weights.items() if name.startswith("text_encoder.")}
 
 
 def _score(run: Run, models: Models, workers: ClipWorkers) -> dict[str, dict[str, float]]:

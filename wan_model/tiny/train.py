@@ -32,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, help="all in all, rendering and scores included")
     add("--iterations", type=int, help="instead of --minutes")
     add("--resume", type=Path, metavar="DIR", help="the RUNS/<stage> to go on from")
+    add(
+        "--keep-text-encoder",
+        action="store_true",
+        help="t2v with --resume: i2v and ti2v were trained with it",
+    )
     add("--device", help="default: cuda where there is one")
     add("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
     add("--pool", type=int, metavar="CLIPS", help="number of training clips")
@@ -56,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if (given.minutes is None) == (given.iterations is None):
         parser.error("give either --minutes or --iterations")
+    if given.keep_text_encoder and (given.stage != "t2v" or given.resume is None):
+        parser.error("--keep-text-encoder goes with --stage t2v --resume DIR")
     is_vae = given.stage in VAE_CONFIGS
     # The workers are forked, so before anything touches CUDA.
     on_cpu = given.device == "cpu"
@@ -76,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch_size=given.batch,
         learning_rate=given.learning_rate,
         resume=given.resume,
+        keep_text_encoder=given.keep_text_encoder,
         attention_backend=given.attention,
     )
     run.folder.mkdir(parents=True, exist_ok=True)
