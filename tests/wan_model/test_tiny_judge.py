@@ -6,10 +6,12 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from wan_model.tiny import data
 from wan_model.tiny.data import Scene, clip_rng, render, sample_scene
 from wan_model.tiny.judge import ATTRIBUTES, judge, psnr, score
+from wan_model.tiny.score import main as score_command
 
 _RED_STAR = Scene(
     shape="star", colour="red", motion="right", background="stripes", x=0.3, y=0.5, radius=0.13
@@ -158,3 +160,14 @@ def test_wrong_inputs_are_named():
         score([_RED_STAR], [])
     with pytest.raises(ValueError, match="equal shapes"):
         psnr(np.zeros((2, 2)), np.zeros((3, 2)))
+
+
+def test_the_packaged_models_are_scored_by_one_command(tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    assert score_command(["--clips", "1", "--steps", "6", "--sheet", str(sheet)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| wan-tiny", "| wan-tiny-i2v", "| wan-tiny-ti2v, image", "| wan-tiny-ti2v",
+    ]  # fmt: skip
+    assert all(row.split(" | ")[2] == "100.0 %" for row in rows), "six steps show the colour"
+    assert Image.open(sheet).height > 4 * 128 / 2
