@@ -29,7 +29,7 @@ class GroupSpec:
     """
 
     engine: str
-    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    engine_kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold a key
     num_workers: int = 1
     num_gpus_per_worker: float = 0.0
     num_cpus_per_worker: float = 1.0

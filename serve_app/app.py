@@ -3,7 +3,8 @@
 Owns which deployment gets which options and which handles. Knows nothing about what any of them
 does inside; options were checked and completed in config.py.
 
-    client -> Ingress -> job table <- Pipeline -> TextEncoder
+    client -> Ingress -> job table <- Pipeline -> PromptExtender (if there is one)
+                                               -> TextEncoder
                                                -> VAE (image)
                                                -> HighNoiseExpert, LowNoiseExpert
                                                -> VAE (video)
@@ -25,8 +26,14 @@ from serve_app.config import ServiceConfig
 from serve_app.ingress import make_ingress_app
 from serve_app.jobs import JobStore, require_shared_database
 from serve_app.pipeline import Pipeline
+from serve_app.prompt_extension import PromptExtender, engine_of
 from serve_app.stages import VAE, Expert, Stage, StageStores, TextEncoder
-from serve_app.topology import ExpertGroups, ResolvedService, StageGroups
+from serve_app.topology import (
+    ExpertGroups,
+    PromptExtenderGroups,
+    ResolvedService,
+    StageGroups,
+)
 
 ENGINE_MODULE = "wan_model.engine"
 
@@ -41,6 +48,8 @@ def build(config: ServiceConfig) -> Application:
 def graph(service: ResolvedService, *, engine_module: str = ENGINE_MODULE) -> Application:
     """Every deployment and its handles. `engine_module` has the engines that the groups run."""
     stages: dict[str, Application] = {}
+    if (extender := service.prompt_extender) is not None:
+        stages[extender.name] = _stage(PromptExtender, extender, service, engine_module)
     for groups in service.text_encoders.values():
         stages[groups.name] = _stage(TextEncoder, groups, service, engine_module)
     for groups in service.vaes.values():
@@ -132,12 +141,15 @@ def _num_replicas(groups: StageGroups) -> dict[str, Any]:
 
 def group_spec(kind: type[Stage], groups: StageGroups, engine_module: str) -> GroupSpec:
     """What a stage's group runs: the engine's import string and its options."""
+    engine = f"{engine_module}:{kind.__name__}Engine"
     engine_kwargs: dict[str, Any] = {
         "checkpoint": groups.checkpoint,
         "revision": groups.revision,
         "device": "auto",
         "dtype": groups.dtype,
     }
+    if kind is VAE and groups.num_workers > 1:
+        engine_kwargs["split_rows"] = True
     strategy = "STRICT_PACK"
     if isinstance(groups, ExpertGroups):
         strategy = groups.placement_strategy
@@ -147,9 +159,15 @@ def group_spec(kind: type[Stage], groups: StageGroups, engine_module: str) -> Gr
             "ulysses_degree": groups.ulysses_degree,
             "ring_degree": groups.ring_degree,
             "cfg_parallel": groups.cfg_parallel,
+            "attention": groups.attention,
+            "parallel_backend": groups.parallel_backend,
+            "shard_weights": groups.shard_weights,
+            "offload": groups.offload,
         }
+    if isinstance(groups, PromptExtenderGroups):
+        engine, engine_kwargs = engine_of(groups)
     return GroupSpec(
-        engine=f"{engine_module}:{kind.__name__}Engine",
+        engine=engine,
         engine_kwargs=engine_kwargs,
         num_workers=groups.num_workers,
         num_gpus_per_worker=groups.num_gpus,

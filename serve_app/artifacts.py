@@ -99,6 +99,15 @@ class Artifacts:
     async def exists(self, key: str) -> bool:
         return await self._call(key, self._fs.isfile)
 
+    async def copy(self, source: str, target: str) -> None:
+        """Store the value of `source` under `target` too; deleting one leaves the other.
+
+        Raises:
+            ArtifactMissing: nothing under `source`.
+        """
+        copy = _link if self._is_local else self._fs.cp_file
+        await self._call(source, copy, f"{self._root}/{_checked(target)}")
+
     async def delete(self, key: str) -> None:
         """Delete one key; no such key is no error."""
 
@@ -176,6 +185,20 @@ def _write_atomically(path: str, data: bytes) -> None:
             os.unlink(temporary)
         raise
     _sync_directory(directory)
+
+
+def _link(path: str, target: str) -> None:
+    """A second name for the same bytes, which no `put` changes: it replaces names, not bytes."""
+    directory = os.path.dirname(target)
+    os.makedirs(directory, exist_ok=True)
+    try:
+        os.link(path, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links, or the target is there already
+        _write_atomically(target, Path(path).read_bytes())
+    else:
+        _sync_directory(directory)
 
 
 def _sync_directory(directory: str) -> None:

@@ -17,15 +17,18 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints
 
 from serve_app import resolve
+from serve_app.resolve_extender import prompt_extender
+from serve_app.resolve_webhooks import webhook_settings
 from serve_app.topology import (
     Dtype,
     HttpSettings,
-    JobSettings,
     ReplicaSettings,
     ResolvedService,
 )
+from wan_model.backends import Attention, ParallelBackend
 from wan_model.config import WanConfig
 
+DEFAULT_DATA_DIR = "~/.local/share/wan-serve"
 Auto = Literal["auto"]
 ServedName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
@@ -64,6 +67,12 @@ class StageConfig(_Options):
     worker_env: dict[str, str] = {}
 
 
+class VAEStageConfig(StageConfig):
+    """The VAE's groups. With several workers a group decodes a video together, each its rows."""
+
+    num_workers: PositiveInt = 1
+
+
 class LoRAConfig(_Options):
     path: str
     strength: float = 1.0
@@ -73,12 +82,18 @@ class ExpertStageConfig(StageConfig):
     """An expert's groups: (2 if cfg_parallel else 1) * ring_degree * ulysses_degree workers.
 
     "auto": `num_workers` is that product; `ulysses_degree` is what the workers leave to it.
+    For cards too small for an expert: `shard_weights` divides it over a group's workers, `offload`
+    keeps it in host memory and two of its blocks on the GPU.
     """
 
     num_workers: PositiveInt | Auto = "auto"
     ulysses_degree: PositiveInt | Auto = "auto"
     ring_degree: PositiveInt = 1
     cfg_parallel: bool = False
+    attention: Attention = "auto"
+    parallel_backend: ParallelBackend = "own"
+    shard_weights: bool = False
+    offload: bool = False
     placement_strategy: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
     segment_s: PositiveFloat = 10.0
     lora: list[LoRAConfig] = []
@@ -130,22 +145,60 @@ class ModelConfig(_Options):
 
 
 class JobsConfig(_Options):
-    """The queue's bounds and the life of a job. `max_queued_s` counts predicted seconds."""
+    """The queue's bounds and the life of a job. `max_queued_s` counts predicted seconds.
+
+    `max_attempts` bounds the failures since the last checkpoint, `max_failures` those in all: a job
+    that comes a little further before it kills each group must end too. A kept boundary state is
+    four times the latents (75 MiB at 720p and 81 frames); branches begin with it.
+    """
 
     max_queued_jobs: PositiveInt = 1000
     max_queued_s: PositiveFloat = 86_400.0
     lease_s: PositiveFloat = 30.0
     max_attempts: PositiveInt = 5
+    max_failures: PositiveInt = 25
     retention_s: PositiveFloat = 7 * 86_400.0
+    keep_boundary_states: bool = True
 
 
 class ImagesConfig(_Options):
     """What a request's image may be. `url_hosts` may hold host names (whose public addresses are
-    fetched), addresses and networks (10.0.0.0/8): private ones only if listed as such."""
+    fetched), addresses and networks (10.0.0.0/8): private ones only if listed as such.
+    `max_wait_s` is how long POST /v1/images/generations may take, the queue included."""
 
     max_bytes: PositiveInt = 10 * 2**20
     max_pixels: PositiveInt = 36_000_000
     url_hosts: list[str] = []
+    max_wait_s: PositiveFloat = 300.0
+
+
+class WebhooksConfig(_Options):
+    """Where `video.completed` and `video.failed` are posted (default: WAN_WEBHOOK_URL), signed with
+    WAN_WEBHOOK_SECRET. A receiver that is down gets 16 tries over 6 hours by default."""
+
+    url: str | None = None
+    timeout_s: PositiveFloat = 10.0
+    max_attempts: PositiveInt = 16
+    first_retry_s: PositiveFloat = 5.0
+    max_retry_s: PositiveFloat = 3600.0
+
+
+class PromptExtensionConfig(StageConfig):
+    """Who writes prompts out for requests with `prompt_extend`. With "off" such a request is 400.
+
+    `checkpoint` and `vl_checkpoint` are folders or Hub names of Qwen2.5 and Qwen2.5-VL, or
+    DashScope's names of its models; its key is in DASH_API_KEY, another base URL in DASH_API_URL.
+    `timeout_s` bounds the work on one prompt, `max_wait_s` the wait for its turn; past either the
+    job takes its original prompt.
+    """
+
+    backend: Literal["off", "local_qwen", "dashscope"] = "off"
+    checkpoint: str | Auto = "auto"
+    vl_checkpoint: str | Auto = "auto"
+    target_language: Literal["zh", "en"] = "en"
+    timeout_s: PositiveFloat = 60.0
+    max_wait_s: PositiveFloat = 300.0
+    max_new_tokens: PositiveInt = 512
 
 
 class ReplicasConfig(_Options):
@@ -167,11 +220,13 @@ class ServiceConfig(_Options):
 
     models: dict[ServedName, ModelConfig] = Field(min_length=1)
     text_encoder: StageConfig = StageConfig()
-    vae: StageConfig = StageConfig()
+    vae: VAEStageConfig = VAEStageConfig()
+    prompt_extension: PromptExtensionConfig = PromptExtensionConfig()
     ingress: ReplicasConfig = ReplicasConfig(max_active=500)
     pipeline: ReplicasConfig = ReplicasConfig(max_active=16)
     jobs: JobsConfig = JobsConfig()
     images: ImagesConfig = ImagesConfig()
+    webhooks: WebhooksConfig = WebhooksConfig()
     data_dir: Path | None = None
     job_store_url: str | None = None
     artifacts_url: str | None = None
@@ -187,23 +242,28 @@ class ServiceConfig(_Options):
         that says which option is wrong and what to do."""
         created = int(time.time() if now is None else now)
         models, text_encoders, vaes = resolve.topology(self, wan_configs, created=created)
+        extender = prompt_extender(self.prompt_extension, wan_configs.values(), environ)
         data_dir = self._data_dir(environ)
         return ResolvedService(
             models=models,
             text_encoders=text_encoders,
             vaes=vaes,
+            prompt_extender=extender,
             http=HttpSettings(
+                extends_prompts=extender is not None,
                 api_key_digests=_api_key_digests(environ),
                 max_queued_jobs=self.jobs.max_queued_jobs,
                 max_queued_s=self.jobs.max_queued_s,
                 max_image_bytes=self.images.max_bytes,
                 max_image_pixels=self.images.max_pixels,
                 image_url_hosts=tuple(host.lower() for host in self.images.url_hosts),
+                max_image_wait_s=self.images.max_wait_s,
             ),
-            jobs=JobSettings(
-                lease_s=self.jobs.lease_s,
-                max_attempts=self.jobs.max_attempts,
-                retention_s=self.jobs.retention_s,
+            jobs=resolve.job_settings(self.jobs),
+            webhooks=webhook_settings(
+                self.webhooks,
+                default_url=environ.get("WAN_WEBHOOK_URL", ""),
+                secrets=environ.get("WAN_WEBHOOK_SECRET", ""),
             ),
             ingress=ReplicaSettings(**self.ingress.model_dump()),
             pipeline=ReplicaSettings(**self.pipeline.model_dump()),
@@ -219,7 +279,7 @@ class ServiceConfig(_Options):
     def _data_dir(self, environ: Mapping[str, str]) -> Path:
         if self.data_dir is not None and self.job_store_url and self.artifacts_url:
             raise ValueError("data_dir has no effect beside job_store_url and artifacts_url")
-        default = environ.get("WAN_DATA_DIR") or "~/.local/share/wan-serve"
+        default = environ.get("WAN_DATA_DIR") or DEFAULT_DATA_DIR
         return Path(self.data_dir or default).expanduser().absolute()
 
 

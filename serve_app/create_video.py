@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -20,15 +20,19 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
 
+from serve_app import cinematography
+from serve_app.cinematography import Cinematography
 from serve_app.errors import InvalidRequest
 from serve_app.job_schema import is_storable
 from serve_app.served_model import ServedModel
 from wan_model.config import WanConfig
 from wan_model.params import MAX_SEED, SOLVERS, VideoParams
+from wan_model.schedule import build_schedule
 
 MAX_PRIORITY = 100
 
@@ -69,6 +73,13 @@ Image = Annotated[
 ]
 
 
+ShotControls = Annotated[
+    Cinematography,
+    BeforeValidator(cinematography.from_text),
+    WithJsonSchema(Cinematography.model_json_schema()),
+]
+
+
 class CreateVideo(BaseModel):
     """A video to make. Numbers may arrive as strings. What is absent is the model's default.
 
@@ -100,17 +111,35 @@ class CreateVideo(BaseModel):
         0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher goes first"
     )
     user: Text | None = Field(None, max_length=256)
+    preview: bool | None = Field(
+        None, description="Make variant=preview when the low-noise expert begins"
+    )
+    branch_from: Text | None = Field(
+        None,
+        max_length=64,
+        description="A video whose low-noise half is made again, with these words",
+    )
+    prompt_extend: bool | None = Field(
+        None, description="Let a language model write the prompt out, where the service has one"
+    )
+    cinematography: ShotControls | None = Field(
+        None, description="How the shot is lit, framed and moved; see /v1/cinematography"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool(cls, value: Any) -> Any:
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
         """JSON's true is no number, though Python's is."""
-        if isinstance(value, bool):
-            raise ValueError("true and false are no values of any field")
+        if isinstance(value, bool) and bool not in get_args(_annotation(info.field_name)):
+            raise ValueError("true and false are no values of this field")
         return value
 
 
 IMAGE_FIELDS = ("input_reference", "last_image")
+
+
+def _annotation(field: str) -> Any:
+    return CreateVideo.model_fields[field].annotation
 
 
 def parse_create(fields: Mapping[str, Any]) -> CreateVideo:
@@ -118,7 +147,7 @@ def parse_create(fields: Mapping[str, Any]) -> CreateVideo:
     try:
         return CreateVideo.model_validate(dict(fields))
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error) from None
 
 
 def nest_form_fields(items: list[tuple[str, str]]) -> dict[str, Any]:
@@ -140,7 +169,8 @@ def nest_form_fields(items: list[tuple[str, str]]) -> dict[str, Any]:
     return fields
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def invalid(error: ValidationError) -> InvalidRequest:
+    """Names the first field that is wrong, and how."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":
@@ -185,16 +215,19 @@ def _num_frames(request: CreateVideo, config: WanConfig) -> int | None:
     if request.seconds is None:
         return request.num_frames
     fps = request.fps or config.fps
-    stride = config.vae.stride[0]
-    # seconds * fps - 1 is the length of a video of that many frames; halves go up.
-    num_frames = math.floor((request.seconds * fps - 1) / stride + 0.5) * stride + 1
-    num_frames = max(1, num_frames)
+    num_frames = frames_of_seconds(request.seconds, fps, config)
     if request.num_frames not in (None, num_frames):
         raise ValueError(
             f"seconds {request.seconds:g} at {fps} fps is {num_frames} frames, but num_frames says"
             f" {request.num_frames}: give one of them"
         )
     return num_frames
+
+
+def frames_of_seconds(seconds: float, fps: int, config: WanConfig) -> int:
+    """The legal number of frames nearest to seconds * fps, at least 1; halves go up."""
+    stride = config.vae.stride[0]
+    return max(1, math.floor((seconds * fps - 1) / stride + 0.5) * stride + 1)
 
 
 _WIRE_NAMES = {
@@ -214,6 +247,17 @@ def _invalid_number(message: str, request: CreateVideo) -> InvalidRequest:
         param = "seconds"
     words = re.compile(rf"\b({'|'.join(_WIRE_NAMES)})\b")
     return InvalidRequest(words.sub(lambda m: _WIRE_NAMES[m[0]], message), param=param)
+
+
+def check_preview(config: WanConfig, params: VideoParams) -> None:
+    """Raises InvalidRequest when a video of these numbers never changes experts."""
+    if not build_schedule(params).has_boundary:
+        reason = (
+            "has one expert" if config.num_experts == 1 else "uses one expert with this schedule"
+        )
+        raise InvalidRequest(
+            f"preview: has no effect, since {config.name} {reason}: remove it", param="preview"
+        )
 
 
 def check_images(config: WanConfig, given: set[str], num_frames: int) -> None:
@@ -243,11 +287,17 @@ def request_hash(request: CreateVideo, images: Mapping[str, bytes]) -> str:
 
 
 def multipart_schema() -> dict[str, Any]:
-    """The JSON schema of CreateVideo as a form: images are uploads, or URLs in brackets."""
+    """The JSON schema of CreateVideo as a form: images are uploads, or URLs in brackets, and every
+    part of the cinematography is a field of its own."""
     schema = CreateVideo.model_json_schema()
     for name in IMAGE_FIELDS:
         description = schema["properties"][name]["description"]
         upload = {"type": "string", "format": "binary", "description": description}
         schema["properties"][name] = upload
         schema["properties"][f"{name}[image_url]"] = {"type": "string"}
+    del schema["properties"]["cinematography"]
+    for name, part in cinematography.VOCABULARY.items():
+        schema["properties"][f"cinematography[{name}]"] = {
+            "type": "string", "description": part["description"], "enum": part["values"],
+        }  # fmt: skip
     return schema

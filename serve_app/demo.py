@@ -19,10 +19,15 @@ from pathlib import Path
 import httpx
 from tqdm import tqdm
 
+from serve_app.client.screen import following
+from serve_app.client.service import ClientError, Service
+from serve_app.client.watch import watch
+
 HOST, PORT = "127.0.0.1", 8000
 URL = f"http://{HOST}:{PORT}"
 START_TIMEOUT_S = 300.0
 JOB_TIMEOUT_S = 600.0
+PATIENCE_S = 30.0  # a service that is gone for longer does not come back by itself
 STOP_TIMEOUT_S = 60.0
 PROMPT = "a red circle moves to the right on a dark background"
 
@@ -88,29 +93,17 @@ def _stop(process: subprocess.Popen) -> None:
 def make_video(prompt: str, output: Path) -> float:
     """Submits, follows the progress, downloads. Returns the seconds it took."""
     started = time.monotonic()
-    with httpx.Client(base_url=URL, timeout=30) as client:
-        created = client.post("/v1/videos", json={"prompt": prompt, "seed": 42})
-        if created.status_code != 200:
-            raise DemoFailed(f"the request was refused: {_json(created)}")
-        video = created.json()
-        bar_format = "{desc:<16} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
-        with tqdm(total=100, bar_format=bar_format) as bar:
-            while video["status"] in ("queued", "in_progress"):
+    with Service(URL) as client:
+        video_id = client.create({"prompt": prompt, "seed": 42})["id"]
+        with following(video_id) as show:
+            for progress in watch(client, video_id, patience_s=PATIENCE_S):
                 if time.monotonic() - started > JOB_TIMEOUT_S:
                     raise DemoFailed(f"the video took longer than {JOB_TIMEOUT_S:.0f} s")
-                time.sleep(0.2)
-                video = client.get(f"/v1/videos/{video['id']}").json()
-                bar.set_description_str(video["stage"] or video["status"])
-                left_s = video["seconds_left"]
-                bar.set_postfix_str("" if left_s is None else f"{left_s:.0f} s left")
-                bar.update(video["progress"] - bar.n)
-        if video["status"] != "completed":
-            raise DemoFailed(f"the video failed: {video['error']['message']}")
+                show(progress)
+        if (error := client.video(video_id)["error"]) is not None:
+            raise DemoFailed(f"the video failed: {error['message']}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        content = client.get(f"/v1/videos/{video['id']}/content")
-        if content.status_code != 200:
-            raise DemoFailed(f"the video cannot be downloaded: {_json(content)}")
-        output.write_bytes(content.content)
+        client.download(video_id, output)
     return time.monotonic() - started
 
 
@@ -128,8 +121,8 @@ def main() -> int:
             seconds = make_video(args.prompt, args.output)
             print(f"{args.output} ({args.output.stat().st_size} bytes, {seconds:.1f} s)")
             print("stopping the service")
-    except (DemoFailed, httpx.HTTPError) as failure:
-        print(f"error: {failure or type(failure).__name__}", file=sys.stderr)
+    except (DemoFailed, ClientError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -13,6 +13,7 @@ ingress.py is the only file that turns these into responses.
     +- UnsupportedMediaType 415
     +- RangeNotSatisfiable  416
     +- TooManyJobs          429  the queue is full; Retry-After says when to come back
+    +- JobFailed            500  what was waited for failed; `code` is the job's
     +- InternalError        500  ours; `code` is a constant and the message holds the request id
     +- NotReady             503  a stage has not run yet
 """
@@ -126,6 +127,13 @@ class TooManyJobs(ApiError):
         super().__init__(
             f"the queue is full: try again in {seconds} s", headers={"Retry-After": str(seconds)}
         )
+
+
+class JobFailed(ApiError):
+    """A new job would fail too, or costs as much again: the header stops the SDK's own retries."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message, code=code, headers={"X-Should-Retry": "false"})
 
 
 class InternalError(ApiError):

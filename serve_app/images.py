@@ -12,17 +12,13 @@ import base64
 import binascii
 import ipaddress
 import re
-import struct
-import zlib
-from io import BytesIO
 
 import httpx
-from PIL import Image, ImageOps
+
+from wan_model.image_file import open_upright
 
 FETCH_TIMEOUT_S = 20.0
 
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DATA_URI = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
 
 
@@ -33,25 +29,9 @@ class ImageTooLarge(ValueError):
 def upright_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     """(width, height) of a JPEG, PNG or WebP file as it is meant to be seen (EXIF orientation).
 
-    The header's size is checked before a pixel is decoded; then all are, because a file that is cut
-    short should be refused here and not fail its job later.
+    All pixels are decoded: a file that is cut short should be refused here and not fail its job.
     """
-    too_many = f"more than the {max_pixels} pixels allowed"
-    try:
-        # Only these: some of pillow's other formats start programs.
-        image = Image.open(BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except _BOMB as error:
-        raise ValueError(f"the image has {too_many}") from error
-    except _UNREADABLE as error:
-        raise ValueError("the file is not a readable JPEG, PNG or WebP image") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"the image is {width}x{height}, {too_many}")
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image).size
-    except _UNREADABLE as error:
-        raise ValueError("the image file is damaged or cut short") from error
+    return open_upright(data, max_pixels=max_pixels).size
 
 
 def decode_data_uri(uri: str, *, max_bytes: int) -> bytes:

@@ -22,7 +22,10 @@ from starlette.requests import ClientDisconnect
 
 from serve_app import openai_api
 from serve_app.artifacts import ArtifactError, Artifacts
+from serve_app.cinematography import VOCABULARY
+from serve_app.create_image import CreateImage, ImageJobs, ImagesAnswer, parse_create_image
 from serve_app.create_video import CreateVideo, multipart_schema, parse_create
+from serve_app.derived_jobs import RemixVideo, parse_remix
 from serve_app.errors import (
     BY_STATUS,
     ApiError,
@@ -36,18 +39,21 @@ from serve_app.errors import (
 from serve_app.gate import Gate
 from serve_app.jobs import IdempotencyConflict, JobStore, JobStoreError, QueueFull
 from serve_app.openai_api import (
+    CinematographyVocabulary,
     ErrorBody,
     Model,
     ModelList,
+    Variant,
     Video,
     VideoDeleted,
     VideoEvent,
     VideoList,
 )
+from serve_app.page.files import INDEX, page_files
 from serve_app.request_body import MULTIPART, read_body
 from serve_app.served_model import ServedModel
 from serve_app.topology import HttpSettings
-from serve_app.videos import Content, Variant, Videos
+from serve_app.videos import Content, Videos
 
 EVENTS_POLL_S = 0.5
 CONTENT_CHUNK_BYTES = 2**20
@@ -59,6 +65,7 @@ Readiness = Callable[[], Awaitable[Mapping[str, bool]]]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Edge:
     videos: Videos
+    images: ImageJobs
     store: JobStore
     artifacts: Artifacts
     models: Mapping[str, ServedModel]
@@ -84,14 +91,17 @@ def make_ingress_app(
         description="Videos from text and images. The shape is that of the OpenAI videos API.",
         redirect_slashes=False,
     )
+    videos = Videos(store=store, artifacts=artifacts, models=models, settings=settings)
     app.state.edge = _Edge(
-        videos=Videos(store=store, artifacts=artifacts, models=models, settings=settings),
+        videos=videos,
+        images=ImageJobs(videos, artifacts, models, max_wait_s=settings.max_image_wait_s),
         store=store,
         artifacts=artifacts,
         models=models,
         settings=settings,
         readiness=readiness,
     )
+    app.include_router(web)
     app.include_router(health)
     app.include_router(
         v1,
@@ -121,10 +131,17 @@ def _owner(request: Request) -> str:
 
 Edge = Annotated[_Edge, Depends(_edge)]
 Owner = Annotated[str, Depends(_owner)]
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")
+]
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses}
+
+
+def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 _REASONS = {
@@ -136,8 +153,28 @@ _REASONS = {
     415: "Neither JSON nor a form",
     416: "The range lies outside the file",
     429: "The queue is full; see Retry-After",
+    500: "The job failed; `code` says why",
     503: "A stage has not run yet, or a store does not answer",
 }
+
+# ------------------------------------------------------------------------------------------- web
+
+web = APIRouter(include_in_schema=False)
+
+
+@web.api_route("/", methods=["GET", "HEAD"])
+@web.api_route("/page/{name}", methods=["GET", "HEAD"])
+async def web_page(request: Request, name: str = INDEX) -> Response:
+    """The web page. No key: nothing in it is secret, and a browser's address bar sends none."""
+    file = page_files().get(name)
+    if file is None:
+        raise NotFound("there is nothing here")
+    if file.is_known(request.headers.get("if-none-match")):
+        return Response(status_code=304, headers=file.headers)
+    headers = file.headers | {"Content-Length": str(len(file.content))}
+    body = file.content if request.method == "GET" else b""
+    return Response(body, headers=headers, media_type=file.media_type)
+
 
 # ---------------------------------------------------------------------------------------- health
 
@@ -168,14 +205,26 @@ v1 = APIRouter(prefix="/v1", responses=_errors(503))
 
 @v1.get("/models", tags=["models"])
 async def list_models(edge: Edge) -> ModelList:
-    return ModelList(data=[openai_api.model(served) for served in edge.models.values()])
+    extends_prompts = edge.settings.extends_prompts
+    return ModelList(
+        data=[
+            openai_api.model(served, extends_prompts=extends_prompts)
+            for served in edge.models.values()
+        ]
+    )
 
 
 @v1.get("/models/{model}", tags=["models"], responses=_errors(404))
 async def get_model(edge: Edge, model: str) -> Model:
     if model not in edge.models:
         raise NotFound(f"no model {model[:64]!r}", param="model", code="model_not_found")
-    return openai_api.model(edge.models[model])
+    return openai_api.model(edge.models[model], extends_prompts=edge.settings.extends_prompts)
+
+
+@v1.get("/cinematography", tags=["models"])
+async def list_cinematography() -> CinematographyVocabulary:
+    """The values of every field of a request's `cinematography`."""
+    return CinematographyVocabulary.model_validate({"fields": VOCABULARY})
 
 
 @v1.post(
@@ -196,15 +245,50 @@ async def create(
     request: Request,
     edge: Edge,
     owner: Owner,
-    idempotency_key: Annotated[
-        str | None, Header(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Video:
     """Queue a video. With an Idempotency-Key, asking again gives the same one."""
     fields, uploads = await read_body(request, edge.settings)
     return await edge.videos.create(
         owner, parse_create(fields), uploads, idempotency_key=idempotency_key
     )
+
+
+@v1.post(
+    "/videos/{video_id}/remix",
+    tags=["videos"],
+    responses=_errors(400, 404, 409, 413, 415, 429),
+    openapi_extra=_json_body(RemixVideo.model_json_schema()),
+)
+async def remix(
+    request: Request,
+    edge: Edge,
+    owner: Owner,
+    video_id: str,
+    idempotency_key: IdempotencyKey = None,
+) -> Video:
+    """Queue the same video with another prompt: same model, numbers, seed and images."""
+    fields, uploads = await read_body(request, edge.settings)
+    return await edge.videos.remix(
+        owner, video_id, parse_remix(fields | uploads), idempotency_key=idempotency_key
+    )
+
+
+@v1.post(
+    "/images/generations",
+    tags=["images"],
+    responses=_errors(400, 409, 413, 415, 429, 500),
+    openapi_extra=_json_body(CreateImage.model_json_schema()),
+)
+async def create_images(request: Request, edge: Edge, owner: Owner) -> ImagesAnswer:
+    """Make pictures (videos of one frame) and wait for them. Hanging up cancels them."""
+    fields, uploads = await read_body(request, edge.settings)
+    answer = await edge.images.generate(
+        owner, parse_create_image(fields | uploads), is_disconnected=request.is_disconnected
+    )
+    if answer is None:
+        raise ClientDisconnect
+    return answer
 
 
 @v1.get("/videos", tags=["videos"], responses=_errors(400))
@@ -304,7 +388,8 @@ _CONTENT_RESPONSES = _errors(400, 404, 409, 416) | {
 async def download(
     request: Request, edge: Edge, owner: Owner, video_id: str, variant: Variant = "video"
 ) -> Response:
-    """The mp4, or a WebP of its first frame. Understands one byte range."""
+    """The mp4; or WebP: its first frame, a grid of at most 25 frames, or what its boundary promised
+    (there while the video is still being made). Understands one byte range."""
     content = await edge.videos.content(owner, video_id, variant)
     start, end = 0, content.size_bytes
     etag = f'"{content.file_name}"'

@@ -46,6 +46,7 @@ def replace_unstorable(text: str) -> str:
 class NewJob:
     """What a client asked for. `input_image` and `last_image` are artifact keys.
 
+    `cinematography` holds the choices that are composed into the prompt, {field: value}.
     `remixed_from` and `branch_from` are ids of other jobs; `extend_prompt` asks for a
     `revised_prompt`, `preview` for a look at the boundary.
     """
@@ -64,10 +65,15 @@ class NewJob:
     last_image: str | None = None
     idempotency_key: str | None = None
     request_hash: str | None = None
+    cinematography: dict[str, str] | None = None
     extend_prompt: bool = False
     remixed_from: str | None = None
     branch_from: str | None = None
     preview: bool = False
+    # A branch has these from the beginning: its source's state is its own first checkpoint.
+    checkpoint: str | None = None  # artifact key
+    checkpoint_step: int = 0
+    boundary_state: str | None = None  # artifact key
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -82,7 +88,8 @@ class Job(NewJob):
     """A job as its row stands: what was asked, and what has come of it. Times are unix seconds.
 
     `attempt` is the fencing token: the number of claims so far, whatever became of them.
-    `failures` counts the attempts that ended badly; only these are capped.
+    `failures` counts the attempts that ended badly since the last checkpoint, `total_failures` all
+    of them; both are capped, and nothing else is.
     `revised_prompt` is what the experts were given instead of `prompt`, `prompt_note` why it is not
     there although asked for. `boundary_state` is the artifact that a branch begins with.
     """
@@ -93,11 +100,10 @@ class Job(NewJob):
     progress: int  # 0..100
     attempt: int
     failures: int
+    total_failures: int
     worker: str | None
     lease_until: float | None
     cancel_requested: bool
-    checkpoint: str | None  # artifact key
-    checkpoint_step: int
     artifacts: dict[str, Any]
     error_code: str | None
     error_message: str | None
@@ -107,7 +113,6 @@ class Job(NewJob):
     expires_at: float | None
     revised_prompt: str | None
     prompt_note: str | None
-    boundary_state: str | None
 
     @property
     def finished(self) -> bool:

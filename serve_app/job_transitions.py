@@ -75,16 +75,30 @@ def released(*, now: float, retention_s: float | None) -> Values:
 
 
 def attempt_failed(
-    *, reason: str, max_attempts: int, delay_s: float = 0, now: float, retention_s: float | None
+    *,
+    reason: str,
+    max_attempts: int,
+    max_failures: int | None,
+    delay_s: float = 0,
+    now: float,
+    retention_s: float | None,
 ) -> Values:
-    """Back to the queue, or to the end when this was the `max_attempts`-th failure."""
-    failures = _c.failures + 1
-    status = _unless_cancelled(_when(failures >= max_attempts, FAILED, QUEUED))
-    count = sa.cast(failures, sa.Text)
-    message = "gave up after " + count + f" failed attempts; the last: {replace_unstorable(reason)}"
+    """Back to the queue, or to the end when this was the `max_attempts`-th failure at one place or
+    the `max_failures`-th in all."""
+    failures, total = _c.failures + 1, _c.total_failures + 1
+    stuck = failures >= max_attempts
+    worn_out = sa.false() if max_failures is None else total >= max_failures
+    status = _unless_cancelled(_when(sa.or_(stuck, worn_out), FAILED, QUEUED))
+    last = f"; the last: {replace_unstorable(reason)}"
+    message = sa.case(
+        (stuck, "gave up after " + sa.cast(failures, sa.Text) + " failed attempts" + last),
+        else_="gave up after " + sa.cast(total, sa.Text) + " failed attempts in all, though it"
+        " came further now and then" + last,
+    )
     error = (TOO_MANY_ATTEMPTS, message)
     moved = _moved_to(status, now=now, retention_s=retention_s, error=error)
-    return moved | {"failures": failures, "available_at": now + delay_s}
+    counted = {"failures": failures, "total_failures": total}
+    return moved | counted | {"available_at": now + delay_s}
 
 
 def _moved_to(

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app import job_transitions as transitions
+from serve_app import webhook_store
 from serve_app.job_database import SUBMIT_LOCK, JobDatabase, jobs, runs_to_its_end
 from serve_app.job_schema import (
     FINISHED,
@@ -38,8 +39,10 @@ from serve_app.job_schema import (
     check_room,
     is_storable,
     new_job_id,
+    replace_unstorable,
     require_shared_database,
 )
+from serve_app.webhook_store import DeliveryStore
 
 __all__ = [
     "IdempotencyConflict",
@@ -67,11 +70,18 @@ class JobStore:
     """
 
     def __init__(
-        self, database: JobDatabase, *, retention_s: float | None, clock: Callable[[], float]
+        self,
+        database: JobDatabase,
+        *,
+        retention_s: float | None,
+        announces_ends: bool,
+        clock: Callable[[], float],
     ) -> None:
         self._database = database
         self._retention_s = retention_s
+        self._announces_ends = announces_ends
         self._clock = clock
+        self.deliveries = DeliveryStore(database, clock=clock)
 
     @classmethod
     async def open(
@@ -79,17 +89,20 @@ class JobStore:
         url: str,
         *,
         retention_s: float | None = None,
+        announces_ends: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> JobStore:
         """Connect and bring the table to the newest revision; many processes may open at once.
 
         `url`: `sqlite:///FILE` or `postgresql://...`. Finished jobs expire `retention_s` after
-        their end (None = never).
+        their end (None = never). With `announces_ends` the transaction that completes or fails a
+        job also leaves a webhook delivery in `deliveries`.
 
         Raises:
             ValueError: a database other than these two, or SQLite without a file.
         """
-        return cls(await JobDatabase.open(url), retention_s=retention_s, clock=clock)
+        database = await JobDatabase.open(url)
+        return cls(database, retention_s=retention_s, announces_ends=announces_ends, clock=clock)
 
     async def close(self) -> None:
         await self._database.close()
@@ -230,15 +243,19 @@ class JobStore:
         *,
         lease_s: float,
         max_attempts: int,
+        max_failures: int | None = None,
         models: Collection[str] | None = None,
     ) -> Job | None:
         """Lease the job of the highest priority, then the oldest; None when none waits.
 
         Jobs whose lease ran out go back to the queue first, or end: a lost lease is a failed
-        attempt, and the `max_attempts`-th of those fails the job with "too_many_attempts".
+        attempt, and the `max_attempts`-th of those since the last checkpoint, or the
+        `max_failures`-th in all (None: no bound), fails the job with "too_many_attempts".
         `models` limits the claim to jobs of these models. A cancelled call takes no job.
         """
-        claiming = asyncio.create_task(self._claim(worker, lease_s, max_attempts, models))
+        claiming = asyncio.create_task(
+            self._claim(worker, lease_s, (max_attempts, max_failures), models)
+        )
         try:
             return await asyncio.shield(claiming)
         except asyncio.CancelledError:
@@ -249,9 +266,14 @@ class JobStore:
 
     @runs_to_its_end
     async def _claim(
-        self, worker: str, lease_s: float, max_attempts: int, models: Collection[str] | None
+        self,
+        worker: str,
+        lease_s: float,
+        limits: tuple[int, int | None],
+        models: Collection[str] | None,
     ) -> Job | None:
         now = self._clock()
+        max_attempts, max_failures = limits
         lost = sa.select(_c.seq).where(_c.status == IN_PROGRESS, _c.lease_until <= now)
         requeue_lost = (
             sa.update(jobs)
@@ -260,9 +282,11 @@ class JobStore:
                 transitions.attempt_failed(
                     reason="the process that ran it was lost",
                     max_attempts=max_attempts,
+                    max_failures=max_failures,
                     **self._ending(now),
                 )
             )
+            .returning(_c.id, _c.status)
         )
         waiting = sa.select(_c.seq).where(_c.status == QUEUED, _c.available_at <= now)
         if models is not None:
@@ -275,7 +299,7 @@ class JobStore:
             .returning(*_JOB_COLUMNS)
         )
         async with self._database.transaction(write=True) as connection:
-            await connection.execute(requeue_lost)
+            await self._announce(connection, (await connection.execute(requeue_lost)).all())
             return await _first_job(connection, claim)
 
     async def renew(self, job_id: str, attempt: int, *, lease_s: float) -> Renewal:
@@ -313,12 +337,19 @@ class JobStore:
         return await self._write(job_id, attempt, values)
 
     async def record_checkpoint(
-        self, job_id: str, attempt: int, *, key: str | None, step: int
+        self,
+        job_id: str,
+        attempt: int,
+        *,
+        key: str | None,
+        step: int,
+        is_boundary: bool = False,
     ) -> Renewal:
         """The next attempt starts at `step` from the artifact `key` (None, 0: from the start).
 
-        Progress forgives: failures count again from 0, so that a long job on shaky machines ends,
-        and only one that fails at the same place each time is given up.
+        `is_boundary`: branches may begin with it too. Progress forgives: failures count again from
+        0, so that a long job on shaky machines ends, and one that fails at the same place each time
+        is given up early.
         """
         further = _c.checkpoint_step < step
         values = {
@@ -326,6 +357,22 @@ class JobStore:
             "checkpoint_step": step,
             "failures": sa.case((further, 0), else_=_c.failures),
         }
+        if is_boundary:
+            values["boundary_state"] = key
+        return await self._write(job_id, attempt, values)
+
+    async def record_artifacts(
+        self, job_id: str, attempt: int, *, artifacts: dict[str, Any]
+    ) -> Renewal:
+        """What there is to see of a job before its end; `complete` says it anew."""
+        return await self._write(job_id, attempt, {"artifacts": artifacts})
+
+    async def record_prompt(
+        self, job_id: str, attempt: int, *, revised_prompt: str | None, note: str | None
+    ) -> Renewal:
+        """What extending the job's prompt led to; every later attempt takes it from there."""
+        note = None if note is None else replace_unstorable(note)
+        values = {"revised_prompt": revised_prompt, "prompt_note": note}
         return await self._write(job_id, attempt, values)
 
     async def complete(self, job_id: str, attempt: int, *, artifacts: dict[str, Any]) -> bool:
@@ -347,14 +394,26 @@ class JobStore:
         return bool(await self._write(job_id, attempt, transitions.released(**self._ending())))
 
     async def retry(
-        self, job_id: str, attempt: int, *, reason: str, max_attempts: int, delay_s: float = 0
+        self,
+        job_id: str,
+        attempt: int,
+        *,
+        reason: str,
+        max_attempts: int,
+        max_failures: int | None = None,
+        delay_s: float = 0,
     ) -> bool:
         """This attempt failed in a way that another may not: queue again after `delay_s`.
 
-        The `max_attempts`-th failed attempt fails the job with "too_many_attempts" instead.
+        The `max_attempts`-th failed attempt since the last checkpoint, or the `max_failures`-th in
+        all, fails the job with "too_many_attempts" instead.
         """
         values = transitions.attempt_failed(
-            reason=reason, max_attempts=max_attempts, delay_s=delay_s, **self._ending()
+            reason=reason,
+            max_attempts=max_attempts,
+            max_failures=max_failures,
+            delay_s=delay_s,
+            **self._ending(),
         )
         return bool(await self._write(job_id, attempt, values))
 
@@ -367,11 +426,20 @@ class JobStore:
             sa.update(jobs)
             .where(_c.id == job_id, _c.attempt == attempt, _c.status == IN_PROGRESS)
             .values(**values)
-            .returning(_c.cancel_requested)
+            .returning(_c.id, _c.status, _c.cancel_requested)
         )
         async with self._database.transaction(write=True) as connection:
             row = (await connection.execute(update)).first()
+            await self._announce(connection, [row] if row else [])
         return Renewal(held=row is not None, cancel_requested=bool(row and row.cancel_requested))
+
+    async def _announce(
+        self, connection: AsyncConnection, written: Collection[sa.Row[Any]]
+    ) -> None:
+        """In the transaction that wrote these rows, of which some may have ended."""
+        if self._announces_ends:
+            ended = [(row.id, row.status) for row in written]
+            await webhook_store.announce(connection, ended, now=self._clock())
 
     def _ending(self, now: float | None = None) -> dict[str, Any]:
         """When an event happens, and how long a job that it ends is kept."""

@@ -10,16 +10,22 @@ unknown (404) at once, whatever it was doing; one cancelled otherwise is `failed
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
+from serve_app.cinematography import compose
 from serve_app.job_schema import CANCELLED, FAILED, IN_PROGRESS, Job
 from serve_app.served_model import ServedModel
 from wan_model.params import VideoParams
 
 CANCELLED_CODE = "cancelled"
+
+Variant = Literal["video", "thumbnail", "spritesheet", "preview"]
+"""The files that a video may have."""
 
 
 class VideoError(BaseModel):
@@ -48,7 +54,12 @@ class Video(BaseModel):
 
     `seconds` is the time from the first frame to the last, (num_frames - 1) / fps.
     `queue_position` counts the jobs before this one and is null in lists; `seconds_left` is an
-    estimate; `timings` is there once the video is completed.
+    estimate; `prompt` is what the client wrote, `revised_prompt` what the model is given instead
+    (cinematography composed in, extended), `prompt_note` why it was not extended although asked
+    for; `variants` names the files that can be downloaded now, `preview` among them before the end;
+    `can_branch` says whether `branch_from` may name this video; `timings` is there once it is
+    completed. Numbers are null when another version of the service made the video and this one does
+    not understand them.
     """
 
     id: str
@@ -63,24 +74,32 @@ class Video(BaseModel):
     seconds: str
     size: str
     error: VideoError | None
-    remixed_from_video_id: None = None
+    remixed_from_video_id: str | None
 
     queue_position: int | None
     stage: str | None
     step: int
     seconds_left: float | None
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float
+    num_frames: int | None
+    fps: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    guidance_scale_2: float | None
     negative_prompt: str
-    seed: int
-    flow_shift: float
+    seed: int | None
+    flow_shift: float | None
     boundary_ratio: float | None
-    solver: str
+    solver: str | None
     priority: int
     user: str | None
+    branch_from: str | None
+    preview: bool
+    can_branch: bool
+    variants: list[Variant]
+    prompt_extend: bool
+    cinematography: dict[str, str] | None
+    revised_prompt: str | None
+    prompt_note: str | None
     timings: list[Timing]
 
 
@@ -109,11 +128,13 @@ class VideoEvent(BaseModel):
     num_steps: int
     progress: int
     seconds_left: float | None
+    variants: list[Variant]
     error: VideoError | None
 
 
 class Model(BaseModel):
-    """A served model and the defaults of its requests."""
+    """A served model and the defaults of its requests; `extends_prompts`: it takes
+    `prompt_extend`."""
 
     id: str
     object: Literal["model"] = "model"
@@ -124,7 +145,21 @@ class Model(BaseModel):
     num_frames: int
     fps: int
     num_inference_steps: int
+    negative_prompt: str
     max_num_frames: int
+    extends_prompts: bool
+
+
+class CinematographyField(BaseModel):
+    description: str
+    values: list[str]
+
+
+class CinematographyVocabulary(BaseModel):
+    """What `cinematography` may hold, in the order in which it is composed into the prompt."""
+
+    object: Literal["cinematography"] = "cinematography"
+    fields: dict[str, CinematographyField]
 
 
 class ModelList(BaseModel):
@@ -146,7 +181,7 @@ class ErrorBody(BaseModel):
 
 
 def video(job: Job, *, queue_position: int | None, seconds_left: float | None) -> Video:
-    params = VideoParams(**job.params)
+    params = _params(job)
     return Video(
         id=job.id,
         created_at=int(job.created_at),
@@ -156,26 +191,35 @@ def video(job: Job, *, queue_position: int | None, seconds_left: float | None) -
         model=job.model,
         progress=job.progress,
         prompt=job.prompt,
-        seconds=f"{(params.num_frames - 1) / params.fps:.6g}",
-        size=f"{params.width}x{params.height}",
+        seconds=_seconds(params),
+        size="x".join(str(params[side] or "?") for side in ("width", "height")),
         error=_error(job),
+        remixed_from_video_id=job.remixed_from,
         queue_position=queue_position,
         stage=job.stage,
         step=job.step,
         seconds_left=seconds_left,
-        num_frames=params.num_frames,
-        fps=params.fps,
-        num_inference_steps=params.num_steps,
-        guidance_scale=params.guidance_high_noise,
-        guidance_scale_2=params.guidance_low_noise,
+        num_frames=params["num_frames"],
+        fps=params["fps"],
+        num_inference_steps=params["num_steps"],
+        guidance_scale=params["guidance_high_noise"],
+        guidance_scale_2=params["guidance_low_noise"],
         negative_prompt=job.negative_prompt or "",
-        seed=params.seed,
-        flow_shift=params.shift,
-        boundary_ratio=params.boundary_ratio,
-        solver=params.solver,
+        seed=params["seed"],
+        flow_shift=params["shift"],
+        boundary_ratio=params["boundary_ratio"],
+        solver=params["solver"],
         priority=job.priority,
         user=job.user,
-        timings=job.artifacts.get("timings", []),
+        branch_from=job.branch_from,
+        preview=job.preview,
+        can_branch=job.boundary_state is not None,
+        variants=_variants(job),
+        prompt_extend=job.extend_prompt,
+        cinematography=job.cinematography,
+        revised_prompt=_revised_prompt(job),
+        prompt_note=job.prompt_note and _PATH.sub("(path)", job.prompt_note),
+        timings=_timings(job),
     )
 
 
@@ -189,11 +233,12 @@ def video_event(job: Job, *, queue_position: int | None, seconds_left: float | N
         num_steps=job.num_steps,
         progress=job.progress,
         seconds_left=seconds_left,
+        variants=_variants(job),
         error=_error(job),
     )
 
 
-def model(served: ServedModel) -> Model:
+def model(served: ServedModel, *, extends_prompts: bool) -> Model:
     config = served.config
     return Model(
         id=served.name,
@@ -203,7 +248,9 @@ def model(served: ServedModel) -> Model:
         num_frames=config.num_frames,
         fps=config.fps,
         num_inference_steps=config.num_steps,
+        negative_prompt=config.negative_prompt,
         max_num_frames=served.max_num_frames,
+        extends_prompts=extends_prompts,
     )
 
 
@@ -232,6 +279,45 @@ def poll_after_ms(seconds_left: float | None) -> int:
     if seconds_left is None:
         return 1000
     return round(min(max(seconds_left * 100, 500), 5000))
+
+
+def _params(job: Job) -> dict[str, Any]:
+    """Every field of VideoParams; None where the row does not have it as this version writes it."""
+    try:
+        return dataclasses.asdict(VideoParams(**job.params))
+    except (TypeError, ValueError):
+        known = dict.fromkeys(field.name for field in dataclasses.fields(VideoParams))
+        return known | {
+            name: value
+            for name, value in job.params.items()
+            if isinstance(value, str if name == "solver" else int | float) and name in known
+        }
+
+
+def _seconds(params: dict[str, Any]) -> str:
+    if not params["num_frames"] or not params["fps"]:
+        return "?"
+    return f"{(params['num_frames'] - 1) / params['fps']:.6g}"
+
+
+def _variants(job: Job) -> list[Variant]:
+    return [variant for variant in get_args(Variant) if variant in job.artifacts]
+
+
+def _timings(job: Job) -> list[Timing]:
+    """Those that this version understands: another may have written the row."""
+    timings = []
+    for entry in job.artifacts.get("timings", []):
+        with contextlib.suppress(ValidationError):
+            timings.append(Timing.model_validate(entry))
+    return timings
+
+
+def _revised_prompt(job: Job) -> str | None:
+    """What is encoded, where it is not the prompt itself."""
+    if job.revised_prompt is not None:
+        return job.revised_prompt
+    return compose(job.prompt, job.cinematography) if job.cinematography else None
 
 
 def _status(job: Job) -> Literal["queued", "in_progress", "completed", "failed"]:

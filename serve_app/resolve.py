@@ -16,14 +16,22 @@ from serve_app.topology import (
     Device,
     Dtype,
     ExpertGroups,
+    JobSettings,
     LoRA,
     ResolvedModel,
     StageGroups,
 )
+from wan_model.backends import check_backends
 from wan_model.config import Expert, WanConfig
 
 if TYPE_CHECKING:
-    from serve_app.config import ExpertStageConfig, ModelConfig, ServiceConfig, StageConfig
+    from serve_app.config import (
+        ExpertStageConfig,
+        JobsConfig,
+        ModelConfig,
+        ServiceConfig,
+        StageConfig,
+    )
 
 SharedStage = Literal["text_encoder", "vae"]
 Groups = dict[str, StageGroups]
@@ -81,8 +89,8 @@ def _shared(
             name=name,
             checkpoint=checkpoint,
             revision=revision,
-            num_workers=1,
-            **_stage_options(
+            num_workers=getattr(getattr(config, stage), "num_workers", 1),
+            **stage_options(
                 stage, getattr(config, stage), gpu_dtype="float32" if stage == "vae" else "bfloat16"
             ),
         )
@@ -173,6 +181,7 @@ def _expert_groups(
         )
     if num_workers == 1 and options.has("placement_strategy"):
         raise ValueError(f"{where}.placement_strategy has no effect on one worker")
+    _check_implementation(where, options, num_workers)
     return ExpertGroups(
         name=name,
         checkpoint=model.checkpoint,
@@ -182,11 +191,37 @@ def _expert_groups(
         ulysses_degree=ulysses_degree,
         ring_degree=options.ring_degree,
         cfg_parallel=options.cfg_parallel,
+        attention=options.attention,
+        parallel_backend=options.parallel_backend,
+        shard_weights=options.shard_weights,
+        offload=options.offload,
         placement_strategy=options.placement_strategy,
         segment_s=options.segment_s,
         lora=tuple(LoRA(path=lora.path, strength=lora.strength) for lora in options.lora),
-        **_stage_options(where, options, gpu_dtype="bfloat16"),
+        **stage_options(where, options, gpu_dtype="bfloat16"),
     )
+
+
+def _check_implementation(where: str, options: ExpertStageConfig, num_workers: int) -> None:
+    """Of the kernel, the parallel implementation and where weights lie: what cannot be together."""
+    try:
+        check_backends(
+            attention=options.attention,
+            parallel_backend=options.parallel_backend,
+            ring_degree=options.ring_degree,
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if options.parallel_backend == "xfuser" and not options.num_gpus:
+        raise ValueError(f"{where}: parallel_backend xfuser needs GPUs, num_gpus is 0: use own")
+    if num_workers == 1:
+        for option in ("parallel_backend", "shard_weights"):
+            if getattr(options, option) not in ("own", False):
+                raise ValueError(f"{where}.{option} has no effect on one worker")
+    if options.offload and not options.num_gpus:
+        raise ValueError(f"{where}.offload has no effect without a GPU")
+    if options.offload and options.shard_weights:
+        raise ValueError(f"{where}: shard_weights and offload exclude each other: choose one")
 
 
 def _degrees(where: str, options: ExpertStageConfig) -> tuple[int, int]:
@@ -206,7 +241,7 @@ def _degrees(where: str, options: ExpertStageConfig) -> tuple[int, int]:
     return workers, ulysses
 
 
-def _stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dict[str, Any]:
+def stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dict[str, Any]:
     """The fields that a StageConfig and a StageGroups share, resolved."""
     low = high = options.num_replicas
     if options.autoscaling is not None:
@@ -229,3 +264,18 @@ def _stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dic
         "step_timeout_s": options.step_timeout_s,
         "worker_env": dict(options.worker_env),
     }
+
+
+def job_settings(options: JobsConfig) -> JobSettings:
+    if options.max_failures < options.max_attempts:
+        raise ValueError(
+            f"jobs: max_failures {options.max_failures} < max_attempts {options.max_attempts}:"
+            " the failures in all are not fewer than those since the last checkpoint"
+        )
+    return JobSettings(
+        lease_s=options.lease_s,
+        max_attempts=options.max_attempts,
+        max_failures=options.max_failures,
+        retention_s=options.retention_s,
+        keep_boundary_states=options.keep_boundary_states,
+    )

@@ -57,15 +57,22 @@ class ServedModel:
             if getattr(params, field) > limit:
                 raise ValueError(f"{field} must be at most {limit} for {self.name}")
 
-    def predict_s(self, params: VideoParams, *, has_image: bool) -> float:
-        """Seconds of work in a job when nothing else runs."""
+    def predict_s(self, params: VideoParams, *, has_image: bool, from_step: int = 0) -> float:
+        """Seconds of work in a job when nothing else runs; a branch begins at `from_step`."""
         if self.profile is None:
             return 0.0
-        return predict_s(self.profile, self.config, params, has_image=has_image)
+        return predict_s(
+            self.profile, self.config, params, has_image=has_image, from_step=from_step
+        )
 
 
 def predict_s(
-    profile: StageProfile, config: WanConfig, params: VideoParams, *, has_image: bool
+    profile: StageProfile,
+    config: WanConfig,
+    params: VideoParams,
+    *,
+    has_image: bool,
+    from_step: int = 0,
 ) -> float:
     """`profile` carried over to another size, step count and expert switch."""
     num_tokens = params.num_tokens(config)
@@ -77,7 +84,9 @@ def predict_s(
         Expert.HIGH_NOISE: profile.step_high_noise_s * work_ratio,
         Expert.LOW_NOISE: profile.step_low_noise_s * work_ratio,
     }
-    steps_s = sum(step_s[schedule.expert_at(index)] for index in range(schedule.num_steps))
+    steps_s = sum(
+        step_s[schedule.expert_at(index)] for index in range(from_step, schedule.num_steps)
+    )
     image_s = profile.image_encode_s * tokens_ratio if has_image else 0.0
     return profile.text_encode_s + image_s + steps_s + profile.decode_s * tokens_ratio
 

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.deadline import StepDeadlines
 from cluster.group import Group, exit_on_death
 from cluster.ray_group import RayGroup
 from cluster.spec import GroupSpec
@@ -35,12 +36,14 @@ class JobTicket:
     """What a stage must know of a job. `params` is a VideoParams as a dict.
 
     `rank`: where several jobs could go on, the lowest does: (-priority, time of creation).
+    `first_step`: where the job began; a branch's own work starts at the boundary.
     """
 
     id: str
     attempt: int
     rank: tuple[int, float]
     params: dict[str, Any]
+    first_step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,12 @@ class TextEncoder(Stage):
 
 class Expert(Stage):
     """Denoising segments. The job of the lowest rank has the group; the next one steps only while
-    the first is away, handing over its state."""
+    the first is away, handing over its state. A step that takes several times as long as its like
+    did here is stuck, and ends the group long before step_timeout_s."""
+
+    async def __init__(self, name: str, spec: GroupSpec, *args: Any, **kwargs: Any) -> None:
+        self.deadlines = StepDeadlines(spec.step_timeout_s)
+        await super().__init__(name, spec, *args, **kwargs)
 
     async def run(
         self,
@@ -179,8 +187,9 @@ class Expert(Stage):
         checkpoint: str | None,
         from_step: int,
         to_step: int,
+        store_as: str,
     ) -> StageResult:
-        """Steps [from_step, to_step) of a job; its new state, also stored as a checkpoint.
+        """Steps [from_step, to_step) of a job; its new state, also stored under `store_as`.
 
         The state comes from the segment before (`earlier`), else from the stored `checkpoint`,
         else from the seed. Raises JobCancelled or LeaseLost between two steps.
@@ -200,9 +209,8 @@ class Expert(Stage):
         finally:
             if self.group.dead is None:
                 await asyncio.shield(self.group.call("close", key))
-        checkpoint = f"{checkpoints_of(job.id)}/{job.attempt}-{to_step}.safetensors"
-        await self.artifacts.put_arrays(checkpoint, arrays)
-        return StageResult(report=report, arrays=arrays, artifacts={"checkpoint": checkpoint})
+        await self.artifacts.put_arrays(store_as, arrays)
+        return StageResult(report=report, arrays=arrays, artifacts={"checkpoint": store_as})
 
     async def _steps(
         self, job: JobTicket, key: str, place: Place, from_step: int, to_step: int
@@ -210,11 +218,13 @@ class Expert(Stage):
         """Progress is written while the next step runs; a job with a lower rank goes first."""
         started_at, busy_s = time.time(), 0.0
         recorded: asyncio.Task | None = None
+        kind = _kind_of_step(job)
         try:
             for _ in range(from_step, to_step):
                 await place.give_way()
                 began = time.time()
-                stepped = await self.group.call("step", key)
+                stepped = await self.group.call("step", key, timeout_s=self.deadlines.of(kind))
+                self.deadlines.record(kind, stepped["seconds"])
                 busy_s += time.time() - began
                 if recorded is not None:
                     await recorded
@@ -227,14 +237,14 @@ class Expert(Stage):
 
     async def _record(self, job: JobTicket, step: int) -> None:
         """Moves the job's progress and learns whether to stop."""
-        num_steps = job.params["num_steps"]
+        progress = progress_at(step - job.first_step, job.params["num_steps"] - job.first_step)
         try:
             renewal: Renewal = await self.store.record_progress(
                 job.id,
                 job.attempt,
                 stage=self.name,
                 step=step,
-                progress=progress_at(step, num_steps),
+                progress=progress,
             )
         except StoreUnavailable as error:
             # Progress may lag; the pipeline's fenced writes decide whether the work counts.
@@ -247,7 +257,7 @@ class Expert(Stage):
 
 
 class VAE(Stage):
-    """Images -> conditioning, final states -> mp4 and thumbnail in the artifact store."""
+    """Images -> conditioning; states -> videos and their pictures in the artifact store."""
 
     async def encode_image(
         self, job: JobTicket, task: str, image: str, last_image: str | None
@@ -273,24 +283,67 @@ class VAE(Stage):
                 "decode", params=job.params, state={"latents": state["latents"]}
             )
             report = self.report(started_at)
-        # Under the attempt's name: a fenced-off attempt must not replace the winner's file.
-        keys = {
-            "video": f"{job.id}/video-{job.attempt}.mp4",
-            "thumbnail": f"{job.id}/thumbnail-{job.attempt}.webp",
-        }
-        await self.artifacts.put(keys["video"], made["mp4"])
-        await self.artifacts.put(keys["thumbnail"], made["thumbnail"])
+        keys = {}
+        for name, (artifact, suffix) in _DECODED.items():
+            if name in made:
+                keys[artifact] = await self._put(job, artifact, suffix, made[name])
         return StageResult(report=report, artifacts=keys | {"num_frames": made["num_frames"]})
+
+    async def preview(
+        self, job: JobTicket, boundary: StageResult | None, checkpoint: str
+    ) -> StageResult:
+        """What the state at the boundary promises, small; the low-noise expert runs meanwhile."""
+        arrays = boundary.arrays if boundary is not None else None
+        if arrays is None:
+            arrays = await self.artifacts.get_arrays(checkpoint)
+        predicted = {"x0_history.0": arrays["x0_history.0"]}
+        async with self.turns.place(job.rank):
+            started_at = time.time()
+            webp = await self.group.call("preview", params=job.params, state=predicted)
+            report = self.report(started_at)
+        key = await self._put(job, "preview", "webp", webp)
+        return StageResult(report=report, artifacts={"preview": key})
+
+    async def _put(self, job: JobTicket, artifact: str, suffix: str, data: bytes) -> str:
+        # Under the attempt's name: a fenced-off attempt must not replace the winner's file.
+        key = f"{job.id}/{artifact}-{job.attempt}.{suffix}"
+        await self.artifacts.put(key, data)
+        return key
+
+
+_DECODED = {
+    "mp4": ("video", "mp4"),
+    "thumbnail": ("thumbnail", "webp"),
+    "spritesheet": ("spritesheet", "webp"),
+    "png": ("image", "png"),
+}
+"""What the engine's `decode` gives: the artifact's name and its file's suffix."""
 
 
 def checkpoints_of(job_id: str) -> str:
-    """The prefix of a job's checkpoints among its artifacts."""
+    """The prefix of a job's checkpoints among its artifacts; they end with the job."""
     return f"{job_id}/checkpoints"
+
+
+def checkpoint_key(job: JobTicket, step: int) -> str:
+    return f"{checkpoints_of(job.id)}/{job.attempt}-{step}.safetensors"
+
+
+def boundary_key(job: JobTicket) -> str:
+    """Of the checkpoint at the boundary when it is kept as long as the job's video."""
+    return f"{job.id}/boundary-{job.attempt}.safetensors"
 
 
 def progress_at(step: int, num_steps: int) -> int:
     """0..100: encoding ends at 2, denoising at 95, decoding at 100."""
     return 2 + 93 * step // num_steps
+
+
+def _kind_of_step(job: JobTicket) -> tuple:
+    """Jobs whose steps are equally much work."""
+    size = (job.params[name] for name in ("width", "height", "num_frames"))
+    guidance = (job.params[name] for name in ("guidance_high_noise", "guidance_low_noise"))
+    return (*size, *(scale != 1.0 for scale in guidance))
 
 
 def _replica_id() -> str:

@@ -6,7 +6,7 @@ is "auto" or missing. Knows nothing about YAML, the environment, Ray, HTTP or to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -56,9 +56,32 @@ class ExpertGroups(StageGroups):
     ulysses_degree: int
     ring_degree: int
     cfg_parallel: bool
+    attention: str
+    parallel_backend: str
+    shard_weights: bool
+    offload: bool
     placement_strategy: str
     segment_s: float
     lora: tuple[LoRA, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptExtenderGroups(StageGroups):
+    """The language models that write prompts out; a checkpoint is None when no job can need it.
+
+    `checkpoint` is for text, `vl_checkpoint` for text with a picture. `timeout_s` counts the work
+    on one prompt, `max_wait_s` what comes before it.
+    """
+
+    checkpoint: str | None
+    vl_checkpoint: str | None
+    backend: Literal["local_qwen", "dashscope"]
+    target_language: Literal["zh", "en"]
+    timeout_s: float
+    max_wait_s: float
+    max_new_tokens: int
+    api_key: str = field(repr=False)
+    api_url: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +99,13 @@ class HttpSettings:
     """What the HTTP edge needs. Keys travel as SHA-256 digests; none means no authentication."""
 
     api_key_digests: tuple[str, ...]
+    extends_prompts: bool = False
     max_queued_jobs: int
     max_queued_s: float
     max_image_bytes: int
     max_image_pixels: int
     image_url_hosts: tuple[str, ...]
+    max_image_wait_s: float
 
     @property
     def max_body_bytes(self) -> int:
@@ -90,11 +115,29 @@ class HttpSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """The life of a job: how long a lease holds, how many failures end it, how long it is kept."""
+    """The life of a job: how long a lease holds, how many failures end it (since its last
+    checkpoint, and in all), how long it is kept, whether with the state that branches need."""
 
     lease_s: float
     max_attempts: int
+    max_failures: int
     retention_s: float
+    keep_boundary_states: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookSettings:
+    """Where ends of videos are announced. `secrets` are keys: kept out of every printed form.
+
+    After a failed attempt the wait doubles from `first_retry_s` to `max_retry_s`.
+    """
+
+    url: str = field(repr=False)  # it may hold a token
+    secrets: tuple[bytes, ...] = field(repr=False)
+    timeout_s: float
+    max_attempts: int
+    first_retry_s: float
+    max_retry_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +156,10 @@ class ResolvedService:
     models: dict[str, ResolvedModel]
     text_encoders: dict[str, StageGroups]
     vaes: dict[str, StageGroups]
+    prompt_extender: PromptExtenderGroups | None = None
     http: HttpSettings
     jobs: JobSettings
+    webhooks: WebhookSettings | None
     ingress: ReplicaSettings
     pipeline: ReplicaSettings
     data_dir: Path
@@ -129,7 +174,8 @@ class ResolvedService:
     def stages(self) -> tuple[StageGroups, ...]:
         """Every deployment of groups once."""
         experts = (groups for model in self.models.values() for groups in model.experts.values())
-        return (*self.text_encoders.values(), *self.vaes.values(), *experts)
+        extenders = () if self.prompt_extender is None else (self.prompt_extender,)
+        return (*extenders, *self.text_encoders.values(), *self.vaes.values(), *experts)
 
     @property
     def max_gpus(self) -> float:

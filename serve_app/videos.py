@@ -1,6 +1,6 @@
 """Videos: what the API does with a client's videos, over the job store and the artifact store.
 
-Owns admission (images, numbers, prediction, submit), what a client may see, and the progress that a
+Owns admission (numbers, prediction, submit, copies of a source), what a client may see, and what a
 watcher is told. Knows nothing about HTTP, Ray or stages. Raises the errors of errors.py, and lets
 those of the two stores through.
 
@@ -17,11 +17,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Literal
 
-from serve_app import create_video, openai_api
+from serve_app import create_video, derived_jobs, openai_api
 from serve_app.artifacts import ArtifactMissing, Artifacts
-from serve_app.create_video import IMAGE_FIELDS, CreateVideo
-from serve_app.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound
-from serve_app.images import ImageTooLarge, decode_data_uri, fetch_image, upright_size
+from serve_app.create_video import CreateVideo
+from serve_app.derived_jobs import RemixVideo
+from serve_app.errors import Conflict, InvalidRequest, NotFound
 from serve_app.jobs import (
     IdempotencyConflict,
     Job,
@@ -32,22 +32,23 @@ from serve_app.jobs import (
     StoreUnavailable,
     new_job_id,
 )
-from serve_app.openai_api import Video, VideoDeleted, VideoEvent
+from serve_app.openai_api import Variant, Video, VideoDeleted, VideoEvent
+from serve_app.request_images import RequestImages
 from serve_app.served_model import ServedModel
 from serve_app.topology import HttpSettings
-
-Variant = Literal["video", "thumbnail"]
 
 _VIDEO_ID = re.compile(r"video_[0-9a-f]{24}")
 _FILES: dict[Variant, tuple[str, str]] = {
     "video": ("video.mp4", "video/mp4"),
     "thumbnail": ("thumbnail.webp", "image/webp"),
+    "spritesheet": ("spritesheet.webp", "image/webp"),
+    "preview": ("preview.webp", "image/webp"),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Content:
-    """One file of a finished video; `key` is its artifact."""
+    """One file of a video; `key` is its artifact."""
 
     key: str
     file_name: str
@@ -71,6 +72,7 @@ class Videos:
         self._artifacts = artifacts
         self._models = models
         self._settings = settings
+        self._images = RequestImages(settings)
         self._clock = clock
 
     async def create(
@@ -82,11 +84,11 @@ class Videos:
         idempotency_key: str | None,
     ) -> Video:
         """Accept a job. `uploads` holds the images (of IMAGE_FIELDS) that came as bytes."""
+        if request.branch_from is not None:
+            return await self._branch(owner, request, uploads, idempotency_key=idempotency_key)
         model = self.model(request.model)
-        images = await self._images(request, uploads)
-        sizes = {
-            name: await self._upright_size(name, data) for name, data in sorted(images.items())
-        }
+        images = await self._images.read(request, uploads)
+        sizes = await self._images.sizes(images)
         params = create_video.video_params(
             request,
             model,
@@ -95,6 +97,8 @@ class Videos:
             image_size=sizes.get("input_reference") if model.config.accepts_image else None,
         )
         create_video.check_images(model.config, set(images), params.num_frames)
+        if request.preview:
+            create_video.check_preview(model.config, params)
         job_id = new_job_id()
         keys = {name: f"{job_id}/{key}" for name, key in _IMAGE_KEYS.items() if name in images}
         new = NewJob(
@@ -112,8 +116,58 @@ class Videos:
             last_image=keys.get("last_image"),
             idempotency_key=idempotency_key,
             request_hash=create_video.request_hash(request, images),
+            cinematography=request.cinematography and request.cinematography.chosen(),
+            extend_prompt=self._extends_prompt(request),
+            preview=bool(request.preview),
         )
-        job = await self._submit(new, {keys[name]: data for name, data in images.items()})
+        return await self._accept(new, {keys[name]: data for name, data in images.items()})
+
+    async def remix(
+        self, owner: str, video_id: str, request: RemixVideo, *, idempotency_key: str | None
+    ) -> Video:
+        """The same video with another prompt; the other's images become the new one's own."""
+        source = await self.get(owner, video_id)
+        model = self.model(source.model)
+        new = derived_jobs.remix(source, request, model, idempotency_key=idempotency_key)
+        return await self._accept(self._extended_if_possible(new), derived_jobs.copies(source, new))
+
+    async def _branch(
+        self,
+        owner: str,
+        request: CreateVideo,
+        uploads: Mapping[str, bytes],
+        *,
+        idempotency_key: str | None,
+    ) -> Video:
+        self._extends_prompt(request)
+        if uploads:
+            field = min(uploads)
+            raise InvalidRequest(
+                f"{field}: a branch has its source's image: leave it out", param=field
+            )
+        try:
+            source = await self.get(owner, request.branch_from)
+        except NotFound as error:
+            raise InvalidRequest(
+                f"branch_from: {error.message}", param="branch_from", code=error.code
+            ) from error
+        new = derived_jobs.branch(
+            source,
+            request,
+            self.model(source.model),
+            self.model(request.model or source.model),
+            request_hash=create_video.request_hash(request, {}),
+            idempotency_key=idempotency_key,
+        )
+        return await self._accept(self._extended_if_possible(new), derived_jobs.copies(source, new))
+
+    def _extended_if_possible(self, new: NewJob) -> NewJob:
+        """A derived job does not fail for an extender that its source had and is no more."""
+        extends = new.extend_prompt and self._settings.extends_prompts
+        return dataclasses.replace(new, extend_prompt=extends)
+
+    async def _accept(self, new: NewJob, inputs: Mapping[str, bytes | str]) -> Video:
+        job = await self._submit(new, inputs)
         if _hidden(job):
             raise Conflict(
                 "the video that this Idempotency-Key made was deleted: use another key",
@@ -121,11 +175,20 @@ class Videos:
             )
         return await self.video(job)
 
-    async def _submit(self, new: NewJob, inputs: Mapping[str, bytes]) -> Job:
-        """The images are stored before the row: a worker may claim it at once."""
+    async def _submit(self, new: NewJob, inputs: Mapping[str, bytes | str]) -> Job:
+        """`inputs` by their keys: bytes, or the key of another video's artifact to copy. They are
+        stored before the row, which a worker may claim at once."""
         try:
             for key, data in inputs.items():
-                await self._artifacts.put(key, data)
+                if isinstance(data, str):
+                    await self._artifacts.copy(data, key)
+                else:
+                    await self._artifacts.put(key, data)
+        except ArtifactMissing as error:
+            await self._artifacts.delete_prefix(new.id)
+            raise Conflict(
+                "the files of the video that this one begins with are gone", code="content_gone"
+            ) from error
         except BaseException:
             await self._artifacts.delete_prefix(new.id)
             raise
@@ -217,14 +280,10 @@ class Videos:
 
     async def content(self, owner: str, video_id: str, variant: Variant) -> Content:
         job = await self.get(owner, video_id)
-        if job.status == "failed":
-            raise Conflict("the video has no content: its job failed", code="video_failed")
-        if not job.finished:
-            raise Conflict(f"the video is {job.status}, not completed", code="video_not_ready")
         name, media_type = _FILES[variant]
         key = job.artifacts.get(variant)
         if key is None:
-            raise NotFound(f"this video has no {variant}", code="content_gone")
+            raise _no_content(job, variant)
         try:
             size_bytes = await self._artifacts.size(key)
         except ArtifactMissing as error:
@@ -245,38 +304,14 @@ class Videos:
             )
         return self._models[name]
 
-    async def _images(self, request: CreateVideo, uploads: Mapping[str, bytes]) -> dict[str, bytes]:
-        images = dict(uploads)
-        for name in IMAGE_FIELDS:
-            reference = getattr(request, name)
-            if reference is None:
-                continue
-            if name in images:
-                raise InvalidRequest(f"{name} is given twice", param=name)
-            try:
-                images[name] = await self._referenced(reference.image_url)
-            except ValueError as error:
-                raise _image_error(name, error) from error
-        return images
-
-    async def _referenced(self, url: str) -> bytes:
-        max_bytes, hosts = self._settings.max_image_bytes, self._settings.image_url_hosts
-        if url[:5].lower() == "data:":
-            return decode_data_uri(url, max_bytes=max_bytes)
-        if not hosts:
-            raise ValueError("only data: URIs are taken here, as data:image/png;base64,...")
-        return await fetch_image(url, allowed_hosts=hosts, max_bytes=max_bytes)
-
-    async def _upright_size(self, name: str, data: bytes) -> tuple[int, int]:
-        limit = self._settings.max_image_bytes
-        try:
-            if len(data) > limit:
-                raise ImageTooLarge(f"the image has more than {limit} bytes")
-            return await asyncio.to_thread(
-                upright_size, data, max_pixels=self._settings.max_image_pixels
+    def _extends_prompt(self, request: CreateVideo) -> bool:
+        if request.prompt_extend and not self._settings.extends_prompts:
+            raise InvalidRequest(
+                "prompt_extend: this service extends no prompts: remove it, or configure"
+                " prompt_extension",
+                param="prompt_extend",
             )
-        except ValueError as error:
-            raise _image_error(name, error) from error
+        return bool(request.prompt_extend)
 
     async def _queue(self, job: Job) -> tuple[int | None, float | None]:
         """(jobs before this one, their predicted seconds); both None unless it is queued."""
@@ -306,14 +341,19 @@ def _hidden(job: Job) -> bool:
     return job.cancel_requested or job.status == "cancelled"
 
 
+def _no_content(job: Job, variant: Variant) -> Conflict | NotFound:
+    if variant == "preview" and not job.preview:
+        return NotFound("no preview was asked for (preview: true)", code="content_gone")
+    if job.status == "failed":
+        return Conflict(f"there is no {variant}: the job failed", code="video_failed")
+    if not job.finished:
+        return Conflict(f"no {variant} yet: the video is {job.status}", code="video_not_ready")
+    return NotFound(f"this video has no {variant}", code="content_gone")
+
+
 def _told(event: VideoEvent) -> dict[str, object]:
     """What a change of is worth an event; the estimate alone is not."""
     return event.model_dump(exclude={"seconds_left"})
-
-
-def _image_error(name: str, error: ValueError) -> InvalidRequest | BodyTooLarge:
-    kind = BodyTooLarge if isinstance(error, ImageTooLarge) else InvalidRequest
-    return kind(f"{name}: {error}", param=name, code="invalid_image")
 
 
 def _unknown_cursor(after: str | None) -> InvalidRequest:

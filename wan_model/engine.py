@@ -17,19 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from wan_model import media
+from wan_model import media, pictures
+from wan_model.attention import check_kernel
+from wan_model.backends import check_backends
 from wan_model.config import Expert, ParallelDims, WanConfig
+from wan_model.image_file import open_image
 from wan_model.lora import load_lora
+from wan_model.offload import offload_blocks
 from wan_model.parallel import Mesh, SequenceParallel, make_mesh
 from wan_model.params import VideoParams
+from wan_model.rows import divide_rows, is_first_rank
 from wan_model.schedule import Schedule, build_schedule
+from wan_model.sharding import load_sharded
 from wan_model.solver import solver_step
 from wan_model.state import Arrays, Conditioning, DenoiseState, draw_noise
-from wan_model.transformer import TextContext
+from wan_model.transformer import TextContext, WanTransformer
 from wan_model.weights import open_checkpoint
 
 ALL_AT_ONCE_PIXELS = 2**21  # 33 frames of 256 x 256
+PREVIEW_PIXELS = 2**23  # 81 frames of 432 x 240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,8 +64,13 @@ class TextEncoderEngine:
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> list[np.ndarray]:
-        """[num_tokens, text_dim] float32 per prompt, padding dropped."""
-        return [embeds.float().cpu().numpy() for embeds in self.encoder.encode(prompts)]
+        """[num_tokens, text_dim] float32 per prompt, padding dropped.
+
+        One by one: padded to a longer neighbour a prompt is rounded otherwise, and a video would
+        depend on what the service happened to have in its cache.
+        """
+        encoded = (self.encoder.encode([prompt])[0] for prompt in prompts)
+        return [embeds.float().cpu().numpy() for embeds in encoded]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,10 @@ class ExpertEngine:
         ulysses_degree: int = 1,
         ring_degree: int = 1,
         cfg_parallel: bool = False,
-        attention_backend: str = "auto",
+        attention: str = "auto",
+        parallel_backend: str = "own",
+        shard_weights: bool = False,
+        offload: bool = False,
     ) -> None:
         opened = open_checkpoint(checkpoint, revision=revision)
         self.config: WanConfig = opened.config
@@ -97,15 +113,45 @@ class ExpertEngine:
         dims = ParallelDims(
             ulysses_degree=ulysses_degree, ring_degree=ring_degree, cfg_parallel=cfg_parallel
         )
-        self.mesh: Mesh | None = make_mesh(dims, num_heads=self.config.transformer.num_heads)
-        self.sp = SequenceParallel(self.mesh, attention_backend)
-        self.transformer = opened.load_transformer(
-            self.expert,
-            device=device,
-            dtype=resolve_dtype(dtype, device),
-            loras=[load_lora(path, strength) for path, strength in loras],
+        check_backends(
+            attention=attention, parallel_backend=parallel_backend, ring_degree=ring_degree
         )
+        network, weights_dtype = self.config.transformer, resolve_dtype(dtype, device)
+        self.mesh: Mesh | None = make_mesh(dims, num_heads=network.num_heads)
+        check_kernel(
+            attention,
+            device=device,
+            dtype=weights_dtype,
+            head_dim=network.head_dim,
+            needs_lse=ring_degree > 1 and parallel_backend == "own",
+        )
+        self.sp = self._sequence_parallel(attention, parallel_backend)
+
+        def load(onto: str) -> WanTransformer:
+            adapters = [load_lora(path, strength) for path, strength in loras]
+            return opened.load_transformer(
+                self.expert, device=onto, dtype=weights_dtype, loras=adapters
+            )
+
+        if shard_weights and offload:
+            raise ValueError("shard_weights and offload exclude each other: choose one")
+        if shard_weights and self.mesh is None:
+            raise ValueError("shard_weights has no effect on one rank: use offload on a small card")
+        if shard_weights:
+            self.transformer = load_sharded(load, device)
+        elif offload:
+            self.transformer = offload_blocks(load("cpu"), device)
+        else:
+            self.transformer = load(device)
         self.jobs: dict[str, OpenJob] = {}
+
+    def _sequence_parallel(self, attention: str, parallel_backend: str) -> SequenceParallel:
+        if parallel_backend == "own" or self.mesh is None:
+            return SequenceParallel(self.mesh, attention)
+        from wan_model.xfuser_backend import XfuserSequenceParallel
+
+        num_heads = self.config.transformer.num_heads
+        return XfuserSequenceParallel(self.mesh, attention, num_heads=num_heads, device=self.device)
 
     def warm_up(self) -> None:
         """One step of a one-frame job of the smallest size, at both ends of guidance."""
@@ -223,17 +269,25 @@ class VAEEngine:
     """Images -> conditioning, latents -> frames -> mp4."""
 
     def __init__(
-        self, *, checkpoint: str, device: str, dtype: str = "float32", revision: str | None = None
+        self,
+        *,
+        checkpoint: str,
+        device: str,
+        dtype: str = "float32",
+        revision: str | None = None,
+        split_rows: bool = False,
     ) -> None:
+        """`split_rows`: all ranks decode together, each its rows. Then every rank is called."""
         opened = open_checkpoint(checkpoint, revision=revision)
         self.config = opened.config
         self.device = device
+        self.split_rows = split_rows
         self.vae = opened.load_vae(device=device, dtype=resolve_dtype(dtype, device))
 
     def warm_up(self) -> None:
-        z, t, h, w = self.config.latent_shape(
-            width=2 * self.config.size_multiple, height=2 * self.config.size_multiple, num_frames=5
-        )
+        # A group's smallest picture has rows enough for each of its ranks.
+        side = (16 if self.split_rows else 2) * self.config.size_multiple
+        z, t, h, w = self.config.latent_shape(width=side, height=side, num_frames=5)
         self.decode_frames({"latents": np.zeros((z, t, h, w), np.float32)})
 
     @torch.inference_mode()
@@ -249,14 +303,14 @@ class VAEEngine:
         if task == "ti2v":
             if last_image is not None:
                 raise ValueError("last_image has no effect: a ti2v model takes a first image only")
-            pixels = media.prepare_image_ti2v(media.open_image(image), *size)
+            pixels = media.prepare_image_ti2v(open_image(image), *size)
             return {"first_frame": self._encode(pixels[:, None])}
-        first = media.prepare_image_i2v(media.open_image(image), *size)
+        first = media.prepare_image_i2v(open_image(image), *size)
         last = None
         if last_image is not None:
             if video.num_frames == 1:
                 raise ValueError("last_image has no effect: the video has one frame")
-            last = media.prepare_image_i2v(media.open_image(last_image), *size)
+            last = media.prepare_image_i2v(open_image(last_image), *size)
         latents = self._encode(media.i2v_video(first, last, video.num_frames))
         mask = media.i2v_mask(video.num_frames, *latents.shape[2:], has_last=last is not None)
         return {"image_channels": np.concatenate([mask.numpy(), latents])}
@@ -273,21 +327,63 @@ class VAEEngine:
 
     @torch.inference_mode()
     def decode(self, *, params: dict[str, Any], state: Arrays) -> dict[str, Any]:
-        """Latents -> {"mp4": bytes, "thumbnail": webp bytes, "num_frames"}; muxes as it decodes."""
+        """Latents -> {"mp4", "thumbnail", "spritesheet" (webp): bytes, "num_frames": int}, for a
+        video of one frame also "png". Muxes as it decodes."""
+        if self.split_rows and not is_first_rank():
+            for _ in self._decoded(state):
+                pass  # its rows have gone to the first rank, which muxes
+            return {}
         video = VideoParams(**params)
-        file, thumbnail, num_frames = BytesIO(), b"", 0
+        file, made = BytesIO(), {}
+        sheet = pictures.Spritesheet(video.num_frames)
         with media.Mp4Writer(file, width=video.width, height=video.height, fps=video.fps) as mp4:
             for frames in self._decoded(state):
                 mp4.write(frames)
-                thumbnail = thumbnail or media.thumbnail(frames[0])
-                num_frames += len(frames)
-        return {"mp4": file.getvalue(), "thumbnail": thumbnail, "num_frames": num_frames}
+                sheet.add(frames)
+                if not made:
+                    made["thumbnail"] = pictures.thumbnail(frames[0])
+                if video.num_frames == 1:
+                    made["png"] = pictures.png(frames)
+        sheet_webp = sheet.to_webp()
+        return made | {
+            "mp4": file.getvalue(), "spritesheet": sheet_webp, "num_frames": mp4.num_frames,
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def preview(self, *, params: dict[str, Any], state: Arrays) -> bytes:
+        """An animated WebP of the clean latents that the last step predicted, decoded small.
+
+        Latents are averaged to PREVIEW_PIXELS first: a preview of a large video costs a fraction of
+        its decoding. KeyError for a state before its first step.
+        """
+        x0_CTHW = torch.tensor(state["x0_history.0"])
+        shrunk = _shrink(x0_CTHW, self.config.vae.stride, PREVIEW_PIXELS)
+        frames = self.decode_frames({"latents": shrunk.numpy()})
+        return pictures.animation(frames, fps=VideoParams(**params).fps)
 
     def _decoded(self, state: Arrays):
         latents = torch.tensor(state["latents"], device=self.device)[None]
         chunk = _chunk(latents[0, 0].numel() * math.prod(self.config.vae.stride))
-        for frames in self.vae.decode_chunks(latents, chunk=chunk):
-            yield media.frames_to_uint8(frames[0]).cpu().numpy()
+        rows = divide_rows(latents.shape[3]) if self.split_rows else None
+        if rows is not None:
+            latents = rows.mine(latents, dim=3)
+        for frames in self.vae.decode_chunks(latents, chunk=chunk, rows=rows):
+            pixels_FHWC = media.frames_to_uint8(frames[0])
+            if rows is not None:
+                pixels_FHWC = rows.gather(pixels_FHWC, dim=1)
+            yield pixels_FHWC.cpu().numpy()
+
+
+def _shrink(latents_CTHW: Tensor, stride: tuple[int, int, int], max_pixels: int) -> Tensor:
+    """The same latents with smaller H and W, so that at most about `max_pixels` are decoded."""
+    _, _, height, width = latents_CTHW.shape
+    factor = math.sqrt(max_pixels / (latents_CTHW[0].numel() * math.prod(stride)))
+    if factor >= 1:
+        return latents_CTHW
+    # At least 2: the patches of a transformer do not matter here, but the VAE's own strides do.
+    size = tuple(max(2, round(side * factor)) for side in (height, width))
+    by_frame_TCHW = latents_CTHW.transpose(0, 1)
+    return functional.interpolate(by_frame_TCHW, size, mode="area").transpose(0, 1).contiguous()
 
 
 def _chunk(num_pixels: int) -> int | None:

@@ -20,12 +20,15 @@ import torch
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from wan_model import media, parallel
+from wan_model import media, pictures
+from wan_model.backends import ATTENTION_BACKENDS, PARALLEL_BACKENDS
 from wan_model.config import Expert, WanConfig
 from wan_model.engine import ExpertEngine, TextEncoderEngine, VAEEngine
+from wan_model.image_file import open_image
 from wan_model.params import MAX_SEED, SOLVERS, VideoParams
 from wan_model.schedule import build_schedule
 from wan_model.state import Arrays
+from wan_model.torchrun import Processes
 from wan_model.weights import open_checkpoint
 
 OUTPUT_SUFFIXES = (".mp4", ".png", ".npy", ".safetensors")
@@ -57,7 +60,10 @@ class Placement:
     ulysses_degree: int = 1
     ring_degree: int = 1
     cfg_parallel: bool = False
-    attention_backend: str = "auto"
+    attention: str = "auto"
+    parallel_backend: str = "own"
+    shard_weights: bool = False
+    offload: bool = False
 
 
 def generate(
@@ -73,18 +79,31 @@ def generate(
     """
     placement = placement or Placement()
     config = open_checkpoint(request.checkpoint, revision=request.revision).config
-    conditioning = encode(request, placement, config)
+    return denoise(request, placement, encode(request, placement, config), on_step=on_step)
+
+
+def denoise(
+    request: Request,
+    placement: Placement,
+    conditioning: Arrays,
+    *,
+    state: Arrays | None = None,
+    to_step: int | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Arrays:
+    """The state before `to_step` (None: the final one), from `state` or else from the seed.
+
+    With the state before the boundary step of another request this is a branch of it.
+    """
     schedule = build_schedule(request.params)
-    state: Arrays | None = None
-    first = 0
-    for expert in config.experts:
-        last = schedule.boundary_step if expert is Expert.HIGH_NOISE else schedule.num_steps
-        if first == last:
-            continue
-        state = _run_segment(
-            request, placement, expert, conditioning, state, range(first, last), on_step
-        )
-        first = last
+    step = 0 if state is None else int(state["step_index"])
+    last = schedule.num_steps if to_step is None else to_step
+    while step < last:
+        end = min(last, schedule.end_of(step))
+        expert = schedule.expert_at(step)
+        steps = range(step, end)
+        state = _run_segment(request, placement, expert, conditioning, state, steps, on_step)
+        step = end
     return state
 
 
@@ -153,7 +172,10 @@ def _run_segment(
         ulysses_degree=placement.ulysses_degree,
         ring_degree=placement.ring_degree,
         cfg_parallel=placement.cfg_parallel,
-        attention_backend=placement.attention_backend,
+        attention=placement.attention,
+        parallel_backend=placement.parallel_backend,
+        shard_weights=placement.shard_weights,
+        offload=placement.offload,
     )
     engine.open("job", params=asdict(request.params), conditioning=conditioning, state=state)
     for step_index in steps:
@@ -174,27 +196,27 @@ def _free_memory() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 with one line on stderr for what the caller can fix."""
-    args = _parser().parse_args(argv)
+    processes = Processes()
     try:
-        _run(args)
+        _run(_parser().parse_args(argv), processes)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        processes.report(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
     finally:
-        parallel.leave_torchrun()
+        processes.leave()
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, processes: Processes) -> None:
     output = Path(args.output)
     if output.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(f"--output {output}: the suffix must be {', '.join(OUTPUT_SUFFIXES)}")
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: the folder {output.parent} does not exist")
-    device = parallel.join_torchrun(args.device)
-    request = _request(args)
+    device = processes.join(args.device)
+    request = _request(args, processes)
     if output.suffix == ".png" and request.params.num_frames != 1:
         raise ValueError("--output .png holds one frame: add --num-frames 1")
     placement = Placement(
@@ -204,9 +226,12 @@ def _run(args: argparse.Namespace) -> None:
         ulysses_degree=args.ulysses_degree,
         ring_degree=args.ring_degree,
         cfg_parallel=args.cfg_parallel,
-        attention_backend=args.attention_backend,
+        attention=args.attention,
+        parallel_backend=args.parallel_backend,
+        shard_weights=args.fsdp,
+        offload=args.offload,
     )
-    first_rank = parallel.rank() == 0
+    first_rank = processes.rank == 0
     bar = tqdm(total=request.params.num_steps, unit="step", disable=not first_rank, delay=0.1)
     with bar:
         state = generate(request, placement, on_step=lambda done: bar.update(done - bar.n))
@@ -215,7 +240,7 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{output} (seed {request.params.seed})")
 
 
-def _request(args: argparse.Namespace) -> Request:
+def _request(args: argparse.Namespace, processes: Processes) -> Request:
     config = open_checkpoint(args.checkpoint, revision=args.revision).config
     image = _read_image(args.image)
     last_image = _read_image(args.last_image)
@@ -223,13 +248,13 @@ def _request(args: argparse.Namespace) -> Request:
     width, height = args.size or (None, None)
     params = VideoParams.for_model(
         config,
-        image_size=media.open_image(image).size if image is not None else None,
+        image_size=open_image(image).size if image is not None else None,
         width=width,
         height=height,
         num_frames=args.num_frames,
         fps=args.fps,
         num_steps=args.steps,
-        seed=parallel.agree(random.SystemRandom().randint(0, MAX_SEED))
+        seed=processes.agree(random.SystemRandom().randint(0, MAX_SEED))
         if args.seed is None
         else args.seed,
         solver=args.solver,
@@ -259,7 +284,7 @@ def _read_image(path: str | None) -> bytes | None:
         return None
     data = Path(path).read_bytes()
     try:
-        media.open_image(data)
+        open_image(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return data
@@ -273,7 +298,7 @@ def _save(output: Path, request: Request, placement: Placement, state: Arrays) -
     if output.suffix == ".npy":
         np.save(output, frames)
     elif output.suffix == ".png":
-        media.write_png(output, frames[0])
+        pictures.write_png(output, frames[0])
     else:
         height, width = frames.shape[1:3]
         with media.Mp4Writer(output, width=width, height=height, fps=request.params.fps) as mp4:
@@ -297,7 +322,7 @@ def _lora(text: str) -> tuple[str, float]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        raise ValueError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -329,10 +354,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--attention-backend", default="auto")
+    add("--attention", choices=ATTENTION_BACKENDS, default="auto")
     add("--ulysses-degree", type=int, default=1)
     add("--ring-degree", type=int, default=1)
     add("--cfg-parallel", action="store_true")
+    add("--parallel-backend", choices=PARALLEL_BACKENDS, default="own")
+    add("--fsdp", action="store_true", help="each rank keeps its part of the weights only")
+    add("--offload", action="store_true", help="weights in host memory, two blocks on the GPU")
     add("--output", required=True, metavar="FILE", help=", ".join(OUTPUT_SUFFIXES))
     return parser
 

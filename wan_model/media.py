@@ -1,16 +1,14 @@
-"""Frames out to mp4, PNG and WebP; uploaded images in, as tensors ready for the VAE.
+"""Frames out to mp4; images in, as tensors ready for the VAE.
 
-Owns every codec setting, the reference's image preprocessing and the frames and mask that an I2V
-model is shown. Knows nothing about networks, jobs or where a file is kept; which size a video gets
-is decided in `wan_model.params`.
+Owns the video's codec settings, the reference's image preprocessing and the frames and mask that an
+I2V model is shown. Knows nothing about networks, jobs, where a file is kept or how an uploaded one
+is opened (image_file.py); which size a video gets is decided in `wan_model.params`.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 import tempfile
-import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import Colorspace
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,9 +25,6 @@ CRF = 10
 
 NUM_ENCODER_THREADS = 8
 """Fixed, because the count is part of the file: the machine's own would change the bytes."""
-
-MAX_PIXELS = 64 * 1024 * 1024
-"""Of an uploaded image: 200 MB once decoded; twice what cameras make."""
 
 _BT709 = 1  # FFmpeg's number for this colour space, its primaries and its transfer curve
 _VIDEO_RANGE = 1
@@ -141,59 +136,7 @@ def read_mp4(source: Path | str | bytes) -> tuple[np.ndarray, float]:
         return np.stack(frames), float(stream.average_rate)
 
 
-def thumbnail(frame: np.ndarray, *, max_side: int = 320) -> bytes:
-    """One frame uint8 [H,W,3] -> a WebP picture no larger than `max_side`, aspect kept."""
-    image = Image.fromarray(np.asarray(frame))
-    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    buffer = BytesIO()
-    image.save(buffer, format="WEBP", quality=80)
-    return buffer.getvalue()
-
-
-def write_png(target: Path | str | BytesIO, frame: np.ndarray) -> None:
-    """One frame uint8 [H,W,3] -> a PNG file, without loss."""
-    Image.fromarray(np.asarray(frame)).save(target, format="PNG")
-
-
 # ------------------------------------------------------------------------------------ images
-
-
-def open_image(data: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A JPEG, PNG or WebP file -> an upright RGB image, transparency laid on white.
-
-    The size is read from the header and checked before any pixel is decoded. ValueError, in one
-    sentence fit for the uploader, if it is not such a file, is damaged or is too large.
-    """
-    content = data if isinstance(data, bytes) else data.read_bytes()
-    try:
-        # Only these: other formats of pillow start programs or have no use here.
-        image = Image.open(BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"the image has too many pixels, at most {max_pixels} allowed") from error
-    except _UNREADABLE as error:
-        raise ValueError("the file is not a readable JPEG, PNG or WebP image") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"the image is {width}x{height}, at most {max_pixels} pixels allowed")
-    try:
-        image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
-    except _UNREADABLE as error:
-        raise ValueError("the image file is damaged or cut short") from error
-
-
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
-"""What pillow raises for files that are not what they claim to be."""
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: a plain conversion would clip instead of scale
-        return image.point(lambda value: value / 256).convert("L").convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def prepare_image_i2v(image: Image.Image, width: int, height: int) -> Tensor:

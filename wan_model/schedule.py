@@ -31,6 +31,15 @@ class Schedule:
     def expert_at(self, step_index: int) -> Expert:
         return Expert.HIGH_NOISE if step_index < self.boundary_step else Expert.LOW_NOISE
 
+    def end_of(self, step_index: int) -> int:
+        """The first step that the expert of `step_index` does not take."""
+        return self.boundary_step if step_index < self.boundary_step else self.num_steps
+
+    @property
+    def has_boundary(self) -> bool:
+        """Whether a job changes experts on its way."""
+        return 0 < self.boundary_step < self.num_steps
+
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """Moves a grid towards noise: k s / (1 + (k - 1) s), SD3 paper (2403.03206) section 5.3.2."""

@@ -34,7 +34,9 @@ def predict_x0(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> T
 def _euler(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> DenoiseState:
     i = state.step_index
     latents = state.latents + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * noise_pred
-    return DenoiseState(latents=latents, step_index=i + 1)
+    # Not needed for the next step: a preview shows it.
+    x0_history = (predict_x0(state, noise_pred, schedule),)
+    return DenoiseState(latents=latents, step_index=i + 1, x0_history=x0_history)
 
 
 def _dpmpp_2m(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> DenoiseState:

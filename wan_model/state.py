@@ -46,7 +46,8 @@ class Conditioning:
 class DenoiseState:
     """Latents [C, T, H, W] float32 before step `step_index`, and the solver's memory.
 
-    x0_history: the x0 predictions of the last steps, newest first (at most 2).
+    x0_history: the x0 predictions of the last steps, newest first (at most 2; after any step at
+    least the newest, whatever the solver).
     last_sample: the corrected sample UniPC predicted from at the last step.
     """
 

@@ -7,10 +7,13 @@ q, k, v (self) and k, v (cross) are each one fused linear.
 Shapes: B batch, C channels, T H W latent grid, S tokens, N tokens of this rank, L text tokens,
 D dim, G timestep rows (1, or 2 when the first frame is clean). Precision: the linears run in their
 weights' dtype; residual stream, time path, modulation, norms and head stay float32.
+
+`Block.forward` is the definition; on a GPU, and with fp8 linears, `fused_blocks` computes the same.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,7 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_model.config import TransformerConfig
+from wan_model.fp8 import Fp8Linear
+from wan_model.fused_blocks import run_blocks
 from wan_model.parallel import SequenceParallel
+from wan_model.row_ops import has_triton, kernels_fit
 
 TextContext = list[tuple[Tensor, Tensor]]
 """Per block the cross-attention keys and values, [B, L, H, head_dim] each."""
@@ -49,6 +55,7 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.fused: bool | None = None  # whether `run_blocks` stands in for `Block`; None: choose
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +71,7 @@ class WanTransformer(nn.Module):
             [F.pad(e, (0, 0, 0, self.config.text_len - e.shape[0])) for e in prompt_embeds]
         )
         text_BLD = self.text_embedding(text_BLD.to(self.dtype))
-        return [block.cross_attn.keys_and_values(text_BLD) for block in self.blocks]
+        return [block.keys_and_values(text_BLD) for block in self.blocks]
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: TextContext, sp: SequenceParallel
@@ -77,19 +84,35 @@ class WanTransformer(nn.Module):
         num_tokens = x_BSD.shape[1]
 
         e_BGD, modulation_BG6D = self._embed_time(timesteps)
-        clean_N1 = None
-        if timesteps.shape[1] == 2:
-            clean_S1 = torch.arange(num_tokens, device=latents.device)[:, None] < grid[1] * grid[2]
-            clean_N1 = sp.shard(clean_S1, dim=0)
+        # The tokens of timestep row 0 come first. Counted on the CPU: the GPU is not waited for.
+        clean_S = torch.arange(num_tokens) < grid[1] * grid[2] * (timesteps.shape[1] - 1)
+        clean_N = sp.shard(clean_S, dim=0)
         rope = tuple(
             sp.shard(table, dim=0)
-            for table in rope_tables(grid, self.config.head_dim, latents.device)
+            for table in _rope_tables_once(grid, self.config.head_dim, latents.device)
         )
         x_BND = sp.shard(x_BSD, dim=1).float()
-        for block, (k, v) in zip(self.blocks, text, strict=True):
-            x_BND = block(x_BND, modulation_BG6D, clean_N1, rope, k, v, sp, num_tokens)
-        x_BND = self.head(x_BND, e_BGD, clean_N1)
+        if self.fused if self.fused is not None else self._should_fuse(x_BND):
+            rows = (modulation_BG6D, e_BGD, int(clean_N.sum()), rope, text, sp, num_tokens)
+            x_BND = self.head.head(run_blocks(self.blocks, self.head, x_BND, *rows))
+        else:
+            clean_N1 = clean_N[:, None].to(x_BND.device) if timesteps.shape[1] == 2 else None
+            for block, (k, v) in zip(self.blocks, text, strict=True):
+                x_BND = block(x_BND, modulation_BG6D, clean_N1, rope, k, v, sp, num_tokens)
+            x_BND = self.head(x_BND, e_BGD, clean_N1)
         return self._unpatchify(sp.gather(x_BND, num_tokens), grid, batch_size)
+
+    def _should_fuse(self, x: Tensor) -> bool:
+        """With fp8 linears, and without gradients on a GPU whose kernels fit this width."""
+        if isinstance(self.blocks[0].ffn[0], Fp8Linear):
+            return True
+        c = self.config
+        return (
+            x.is_cuda
+            and not torch.is_grad_enabled()
+            and has_triton()
+            and kernels_fit(c.dim, c.ffn_dim, c.head_dim)
+        )
 
     def _embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """[B, G] -> (e [B, G, D] for the head, [B, G, 6, D] for the blocks)."""
@@ -124,6 +147,11 @@ class Block(nn.Module):
             nn.GELU(approximate="tanh"),
             nn.Linear(config.ffn_dim, config.dim),
         )
+
+    def keys_and_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """What cross-attention looks at. The second way into a block: where weights are not
+        always here (sharded, offloaded), both ways fetch them first."""
+        return self.cross_attn.keys_and_values(text_BLD)
 
     def forward(
         self,
@@ -242,6 +270,15 @@ def rope_tables(
         angles.append(angle.view(shape).expand(*grid, part // 2))
     table = torch.cat(angles, dim=-1).reshape(-1, head_dim // 2)
     return table.cos().float(), table.sin().float()
+
+
+@functools.lru_cache(maxsize=8)
+def _rope_tables_once(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`rope_tables`, remembered: the steps of a job share one grid."""
+    with torch.inference_mode(False):  # so that training may use them as well
+        return rope_tables(grid, head_dim, device)
 
 
 def rotate(x_BNHD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

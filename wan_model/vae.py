@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wan_model.config import VAEConfig
+from wan_model.row_ops import norm_silu
+from wan_model.rows import Rows
 
 # -------------------------------------------------------------------------------------- time
 
@@ -29,10 +31,14 @@ class FeatureCache:
     Every layer that looks back sees the same frames however the video is cut, so the size of the
     chunks decides memory and speed but never the result. `is_first` and `is_last` say which chunk
     is being run: the very first frame skips all temporal resampling, and nothing is kept after the
-    last chunk.
+    last chunk. `channels_together`: tensors are laid out as [B, T, H, W, C] and nothing is trained,
+    so that a norm, its SiLU and the past of the convolution after it are one pass over memory.
+    `rows`, if there are any, say which of the picture's rows this rank has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, channels_together: bool = False, rows: Rows | None = None) -> None:
+        self.rows = rows
+        self.channels_together = channels_together and not torch.is_grad_enabled()
         self.is_first = True
         self.is_last = False
         self._frames: dict[nn.Module, Tensor] = {}
@@ -44,10 +50,26 @@ class FeatureCache:
             x_BCTHW = functional.pad(x_BCTHW, (0, 0, 0, 0, num_past, 0))
         else:
             x_BCTHW = torch.cat((past, x_BCTHW), dim=2)
+        self._remember(layer, x_BCTHW, num_past)
+        return x_BCTHW
+
+    def extend_normed(self, norm: RMSNorm, layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
+        """`extend(layer, silu(norm(x)), 2)` in one pass over memory, channels together."""
+        b, c, t, h, w = x_BCTHW.shape
+        made_BTHWC = x_BCTHW.new_empty(b, t + 2, h, w, c)
+        past = self._frames.pop(layer, None)
+        made_BTHWC[:, :2] = 0 if past is None else past.permute(0, 2, 3, 4, 1)
+        x_BTHWC = x_BCTHW.permute(0, 2, 3, 4, 1).contiguous()
+        for x_THWC, made_THWC in zip(x_BTHWC, made_BTHWC, strict=True):
+            norm_silu(x_THWC.view(-1, c), norm.gamma.view(c), made_THWC[2:].view(-1, c))
+        made_BCTHW = made_BTHWC.permute(0, 4, 1, 2, 3)
+        self._remember(layer, made_BCTHW, 2)
+        return made_BCTHW
+
+    def _remember(self, layer: nn.Module, x_BCTHW: Tensor, num_past: int) -> None:
         if not self.is_last:
             # A clone, because a view would keep the whole chunk's memory alive.
             self._frames[layer] = x_BCTHW[:, :, -num_past:].clone()
-        return x_BCTHW
 
 
 def run_in_chunks(
@@ -56,9 +78,11 @@ def run_in_chunks(
     *,
     first: int,
     later: int,
+    channels_together: bool = False,
+    rows: Rows | None = None,
 ) -> Iterator[Tensor]:
     """Run `network` on `first` frames, then on `later` at a time, remembering across the cuts."""
-    cache = FeatureCache()
+    cache = FeatureCache(channels_together=channels_together, rows=rows)
     start, end, num_frames = 0, first, x_BCTHW.shape[2]
     while start < num_frames:
         cache.is_first, cache.is_last = start == 0, end >= num_frames
@@ -86,7 +110,14 @@ class CausalConv3d(LooksBack, nn.Conv3d):
         super().__init__(in_dim, out_dim, (3, k, k), padding=(0, k // 2, k // 2))
 
     def forward(self, x_BCTHW: Tensor, cache: FeatureCache) -> Tensor:
-        return super().forward(cache.extend(self, x_BCTHW, 2))
+        return self.convolve(cache.extend(self, x_BCTHW, 2), cache.rows)
+
+    def convolve(self, extended_BCTHW: Tensor, rows: Rows | None) -> Tensor:
+        if rows is None or self.padding[1] == 0:
+            return super().forward(extended_BCTHW)
+        padding = (0, 0, self.padding[2])
+        extended_BCTHW = rows.with_neighbours(extended_BCTHW)
+        return functional.conv3d(extended_BCTHW, self.weight, self.bias, padding=padding)
 
 
 class CausalSequential(LooksBack, nn.Sequential):
@@ -125,11 +156,16 @@ class ResidualBlock(LooksBack, nn.Module):
         self.shortcut = nn.Identity() if in_dim == out_dim else nn.Conv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return self.shortcut(x) + self.residual(x, cache)
+        if not cache.channels_together:
+            return self.shortcut(x) + self.residual(x, cache)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        h = conv1.convolve(cache.extend_normed(norm1, conv1, x), cache.rows)
+        h = conv2.convolve(cache.extend_normed(norm2, conv2, h), cache.rows)
+        return h.add_(self.shortcut(x))
 
 
-class AttentionBlock(nn.Module):
-    """One head over the positions of each frame. It does not look back: frames do not mix."""
+class AttentionBlock(LooksBack, nn.Module):
+    """One head over the positions of each frame. Frames do not mix; all rows of one do."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -137,12 +173,17 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return x_BCTHW + per_frame(self._attend, x_BCTHW)
+    def forward(self, x_BCTHW: Tensor, cache: FeatureCache) -> Tensor:
+        return x_BCTHW + per_frame(partial(self._attend, rows=cache.rows), x_BCTHW)
 
-    def _attend(self, x_NCHW: Tensor) -> Tensor:
-        qkv_N1LC = self.to_qkv(self.norm(x_NCHW)).flatten(2).transpose(1, 2).unsqueeze(1)
-        out_N1LC = functional.scaled_dot_product_attention(*qkv_N1LC.chunk(3, dim=-1))
+    def _attend(self, x_NCHW: Tensor, rows: Rows | None) -> Tensor:
+        qkv_NCHW = self.to_qkv(self.norm(x_NCHW))
+        qkv_N1LC = qkv_NCHW.flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = qkv_N1LC.chunk(3, dim=-1)
+        if rows is not None:
+            everywhere_NCHW = rows.gather(qkv_NCHW[:, q.shape[-1] :], dim=2)
+            k, v = everywhere_NCHW.flatten(2).transpose(1, 2).unsqueeze(1).chunk(2, dim=-1)
+        out_N1LC = functional.scaled_dot_product_attention(q, k, v)
         return self.proj(out_N1LC.squeeze(1).transpose(1, 2).reshape(x_NCHW.shape))
 
 
@@ -183,12 +224,23 @@ class Upsample(LooksBack, nn.Module):
             num_kept = 1 if cache.is_first else 0
             kept, rest = x_BCTHW[:, :, :num_kept], x_BCTHW[:, :, num_kept:]
             x_BCTHW = torch.cat((kept, self._double(rest, cache)), 2) if rest.shape[2] else kept
-        return per_frame(self.resample, x_BCTHW)
+        if cache.rows is None:
+            return per_frame(self.resample, x_BCTHW)
+        return per_frame(self._resample_rows, cache.rows.with_neighbours(x_BCTHW))
+
+    def _resample_rows(self, x_NCHW: Tensor) -> Tensor:
+        """Of each neighbour's row, doubled, the convolution sees the nearer half."""
+        upsample, conv = self.resample
+        x_NCHW = upsample(x_NCHW)[:, :, 1:-1]
+        return functional.conv2d(x_NCHW, conv.weight, conv.bias, padding=(0, 1))
 
     def _double(self, x_BCTHW: Tensor, cache: FeatureCache) -> Tensor:
         """The convolution's first C channels are the even frames, the other C the odd ones."""
         even, odd = self.time_conv(x_BCTHW, cache).chunk(2, dim=1)
-        return torch.stack((even, odd), dim=3).flatten(2, 3)
+        if not cache.channels_together:
+            return torch.stack((even, odd), dim=3).flatten(2, 3)
+        pair_BT2HWC = torch.stack([x.permute(0, 2, 3, 4, 1) for x in (even, odd)], dim=2)
+        return pair_BT2HWC.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
 # ----------------------------------------------------------- what only version 2.2 has
@@ -218,15 +270,23 @@ def average_down(x_BCTHW: Tensor, *, out_dim: int, in_time: bool, in_space: bool
     return x.unflatten(1, (out_dim, -1)).mean(dim=2)
 
 
-def duplicate_up(x_BCTHW: Tensor, *, out_dim: int, in_time: bool, is_first: bool) -> Tensor:
+def duplicate_up(
+    x_BCTHW: Tensor, *, out_dim: int, in_time: bool, is_first: bool, channels_together: bool = False
+) -> Tensor:
     """Repeat channels, then unfold them into doubled axes, offsets in (t, h, w) order.
 
     The first chunk drops the extra frame that doubling gives the video's first one.
     """
     ft = 1 + in_time
-    x = x_BCTHW.repeat_interleave(out_dim * ft * 4 // x_BCTHW.shape[1], dim=1)
-    x = x.unflatten(1, (out_dim, ft, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    num_repeats = out_dim * ft * 4 // x_BCTHW.shape[1]
+    if channels_together:
+        x = x_BCTHW.permute(0, 2, 3, 4, 1).repeat_interleave(num_repeats, dim=4)
+        x = x.unflatten(4, (out_dim, ft, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
+    else:
+        x = x_BCTHW.repeat_interleave(num_repeats, dim=1)
+        x = x.unflatten(1, (out_dim, ft, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
     return x[:, :, ft - 1 :] if is_first else x
 
 
@@ -260,7 +320,8 @@ class UpStage(LooksBack, nn.Module):
         out = self.upsamples(x, cache)
         if self._shortcut is None:
             return out
-        return out + self._shortcut(x, is_first=cache.is_first)
+        how = {"is_first": cache.is_first, "channels_together": cache.channels_together}
+        return out + self._shortcut(x, **how)
 
 
 # ---------------------------------------------------------------------------------- networks
@@ -270,8 +331,18 @@ def _middle(dim: int) -> CausalSequential:
     return CausalSequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
 
 
-def _head(dim: int, out_dim: int) -> CausalSequential:
-    return CausalSequential(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim))
+class NormedConv(CausalSequential):
+    """RMSNorm, SiLU, convolution."""
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        if not cache.channels_together:
+            return super().forward(x, cache)
+        norm, _, conv = self
+        return conv.convolve(cache.extend_normed(norm, conv, x), cache.rows)
+
+
+def _head(dim: int, out_dim: int) -> NormedConv:
+    return NormedConv(RMSNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim))
 
 
 def _residual_blocks(in_dim: int, out_dim: int, num_blocks: int) -> list[nn.Module]:
@@ -360,6 +431,17 @@ class WanVAE(nn.Module):
         self.conv1 = nn.Conv3d(config.z_dim * 2, config.z_dim * 2, 1)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+        self.channels_together = False
+
+    def hold_channels_together(self) -> WanVAE:
+        """Lay the weights out, and so all that is computed, as [T, H, W, C]: quick on a GPU."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)
+            elif isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+        self.channels_together = True
+        return self
 
     def encode(self, frames: Tensor, *, chunk: int | None = 1) -> Tensor:
         """Frames [B,3,F,H,W] in [-1,1] -> normalised mean latents [B,Z,T,h,w], float32.
@@ -379,7 +461,10 @@ class WanVAE(nn.Module):
             )
         pixels = patchify(frames.to(self.conv1.weight.dtype), self.config.patch_size)
         later = stride_t * _chunk_size(chunk, (num_frames - 1) // stride_t + 1)
-        pieces = run_in_chunks(self.encoder, pixels, first=later - stride_t + 1, later=later)
+        pieces = run_in_chunks(
+            self.encoder, pixels, first=later - stride_t + 1, later=later,
+            channels_together=self.channels_together,
+        )  # fmt: skip
         moments = self.conv1(torch.cat(list(pieces), dim=2))
         mean, logvar = moments.float().chunk(2, dim=1)
         return mean, logvar
@@ -388,19 +473,30 @@ class WanVAE(nn.Module):
         """Normalised latents [B,Z,T,h,w] -> frames [B,3,F,H,W] in [-1,1], float32."""
         return torch.cat(list(self.decode_chunks(latents, chunk=chunk)), dim=2)
 
-    def decode_chunks(self, latents: Tensor, *, chunk: int | None = 1) -> Iterator[Tensor]:
-        """`decode`, piece by piece as they are ready: 1 frame, then `stride[0]` at a time."""
-        for piece in self._decode_pieces(self.denormalise(latents), chunk):
+    def decode_chunks(
+        self, latents: Tensor, *, chunk: int | None = 1, rows: Rows | None = None
+    ) -> Iterator[Tensor]:
+        """`decode`, piece by piece as they are ready: 1 frame, then `stride[0]` at a time.
+
+        With `rows`, `latents` and the pieces are this rank's rows; every rank decodes its own.
+        """
+        for piece in self._decode_pieces(self.denormalise(latents), chunk, rows):
             yield piece.clamp(-1, 1)
 
     def decode_unclamped(self, z: Tensor, *, chunk: int | None = None) -> Tensor:
         """Latents as `encode_moments` gives them -> frames, float32: clamping stops gradients."""
         return torch.cat(list(self._decode_pieces(z, chunk)), dim=2)
 
-    def _decode_pieces(self, z: Tensor, chunk: int | None) -> Iterator[Tensor]:
+    def _decode_pieces(
+        self, z: Tensor, chunk: int | None, rows: Rows | None = None
+    ) -> Iterator[Tensor]:
         size = _chunk_size(chunk, z.shape[2])
         hidden = self.conv2(z.to(self.conv2.weight.dtype))
-        for piece in run_in_chunks(self.decoder, hidden, first=size, later=size):
+        pieces = run_in_chunks(
+            self.decoder, hidden, first=size, later=size,
+            channels_together=self.channels_together, rows=rows,
+        )  # fmt: skip
+        for piece in pieces:
             yield unpatchify(piece, self.config.patch_size).float()
 
     def normalise(self, z: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The running services of the end-to-end tests: three tiny models behind one `serve run`."""
 
 import pytest
-from live_service import live, service_args
+from live_service import live, on_cpu, service_args
+from tiny_qwen import write_tiny_qwen, write_tiny_qwen_vl
+from webhook_receiver import SECRET, receiving
 
 from wan_model.tiny.checkpoint import write_tiny_checkpoint
 
@@ -19,9 +21,26 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory, checkpoints):
-    """t2v, i2v and ti2v in one service; i2v shares t2v's text encoder and VAE."""
+def webhook_receiver():
+    """Where the service announces the end of every video."""
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory, checkpoints, webhook_receiver):
+    """t2v, i2v and ti2v in one service on SQLite, all with t2v's text encoder, i2v with its VAE."""
     args = service_args(checkpoints)
     args["models"]["i2v"] |= {"text_encoder_from": "t2v", "vae_from": "t2v"}
-    with live(tmp_path_factory.mktemp("service"), args) as running:
+    args["models"]["ti2v"] |= {"text_encoder_from": "t2v"}
+    language_models = tmp_path_factory.mktemp("language-models")
+    args["prompt_extension"] = on_cpu(
+        backend="local_qwen",
+        checkpoint=str(write_tiny_qwen(language_models / "text")),
+        vl_checkpoint=str(write_tiny_qwen_vl(language_models / "vision")),
+        max_new_tokens=16,
+    )
+    args["webhooks"] = {"url": webhook_receiver.url, "first_retry_s": 0.5}
+    env = {"WAN_WEBHOOK_SECRET": SECRET}
+    with live(tmp_path_factory.mktemp("service"), args, env=env) as running:
         yield running

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,17 @@ PROFILE = {"num_tokens": 320, "step_high_noise_s": 0.5, "decode_s": 1.0}
 
 
 def resolved(
-    *, api_keys: str = "", models: dict[str, Any] | None = None, **options: Any
+    *,
+    api_keys: str = "",
+    models: dict[str, Any] | None = None,
+    environ: dict[str, str] | None = None,
+    **options: Any,
 ) -> ResolvedService:
-    """The three tiny models under `options` of ServiceConfig."""
+    """The three tiny models under `options` of ServiceConfig; `environ` is added to the rest."""
     models = models or {name: {"checkpoint": name, "profile": PROFILE} for name in WAN_CONFIGS}
     config = ServiceConfig.model_validate({"models": models, **options})
     wan_configs = {name: WAN_CONFIGS[name] for name in models}
-    environ = {"WAN_API_KEYS": api_keys, "WAN_DATA_DIR": "/nowhere"}
+    environ = {"WAN_API_KEYS": api_keys, "WAN_DATA_DIR": "/nowhere"} | (environ or {})
     return config.resolve(wan_configs, environ=environ, now=1_700_000_000)
 
 
@@ -100,6 +105,34 @@ async def on_loopback(app: FastAPI) -> AsyncIterator[str]:
         await serving
 
 
+@contextlib.contextmanager
+def in_a_thread(
+    folder: Path, service: ResolvedService | None = None, *, step_s: float = 0.0
+) -> Iterator[str]:
+    """The URL of a working service on loopback, for tests that are not coroutines."""
+    started, stop, urls = threading.Event(), threading.Event(), []
+
+    async def serve() -> None:
+        async with (
+            http_service(folder, service) as running,
+            working(running.store, running.artifacts, step_s=step_s),
+            on_loopback(running.app) as url,
+        ):
+            urls.append(url)
+            started.set()
+            while not stop.is_set():
+                await asyncio.sleep(0.02)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert started.wait(timeout=60)
+        yield urls[0]
+    finally:
+        stop.set()
+        thread.join()
+
+
 @contextlib.asynccontextmanager
 async def working(store: JobStore, artifacts: Artifacts, *, step_s: float = 0.0):
     """A worker that makes every job's video until the block ends."""
@@ -136,9 +169,15 @@ async def make_video(
             await store.cancelled(job.id, job.attempt)
             return
         await asyncio.sleep(step_s)
-    keys = {"video": f"{job.id}/video.mp4", "thumbnail": f"{job.id}/thumbnail.webp"}
+    keys = {"video": f"{job.id}/video.mp4"}
     await artifacts.put(keys["video"], mp4(job.params))
-    await artifacts.put(keys["thumbnail"], picture(32, 32, format="WEBP"))
+    for name in ("thumbnail", "spritesheet"):
+        keys[name] = f"{job.id}/{name}.webp"
+        await artifacts.put(keys[name], picture(32, 32, format="WEBP"))
+    if job.params["num_frames"] == 1:
+        keys["image"] = f"{job.id}/image.png"
+        size = job.params["width"], job.params["height"]
+        await artifacts.put(keys["image"], picture(*size))
     await store.complete(job.id, job.attempt, artifacts=keys)
 
 

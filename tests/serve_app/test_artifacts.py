@@ -75,6 +75,19 @@ async def test_a_second_put_replaces_the_value(store):
     assert await store.get("video_1/input.png") == b"new"
 
 
+async def test_a_copy_outlives_its_source(store):
+    await store.put("video_1/input", b"image")
+    await store.copy("video_1/input", "video_2/input")
+    await store.put("video_1/input", b"another")
+    assert await store.get("video_2/input") == b"image"
+    await store.delete_prefix("video_1")
+    assert await store.get("video_2/input") == b"image"
+    with pytest.raises(ArtifactMissing, match="^no artifact 'video_1/input'$"):
+        await store.copy("video_1/input", "video_3/input")
+    with pytest.raises(ValueError, match="artifact key"):
+        await store.copy("video_2/input", "../elsewhere")
+
+
 async def test_a_missing_key_is_an_error_that_names_the_key(store):
     assert not await store.exists("video_1/video.mp4")
     for read in (store.get, store.size, store.get_arrays):

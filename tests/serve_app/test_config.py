@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
+from serve_app import stages
+from serve_app.app import group_spec
 from serve_app.config import ServiceConfig
 from wan_model.config import (
     I2V_A14B,
@@ -196,6 +198,41 @@ def test_autoscaling_gives_the_bounds_of_the_replicas():
 def test_placement_of_one_worker_has_no_effect():
     with pytest.raises(ValueError, match="placement_strategy has no effect on one worker"):
         one({"placement_strategy": "SPREAD"})
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [
+        ({"attention": "sage", "ring_degree": 2}, "sage gives no log-sum-exp, which ring 2 needs"),
+        (
+            {"attention": "flash_attn_4", "ring_degree": 2, "parallel_backend": "xfuser"},
+            "flash_attn_4 gives no log-sum-exp under xfuser",
+        ),
+        ({"parallel_backend": "xfuser"}, r"\.parallel_backend has no effect on one worker"),
+        (
+            {"parallel_backend": "xfuser", "num_workers": 2, "num_gpus": 0},
+            "parallel_backend xfuser needs GPUs",
+        ),
+        ({"shard_weights": True}, r"\.shard_weights has no effect on one worker"),
+        ({"offload": True, "num_gpus": 0}, r"\.offload has no effect without a GPU"),
+        (
+            {"offload": True, "shard_weights": True, "num_workers": 2},
+            "shard_weights and offload exclude each other",
+        ),
+    ],
+)
+def test_kernels_and_places_of_weights_that_cannot_be_together_are_refused(expert, message):
+    with pytest.raises(ValueError, match=f"models.m.high_noise_expert.*{message}"):
+        one(expert)
+
+
+def test_how_an_expert_computes_reaches_its_engine():
+    given = {
+        "attention": "cudnn", "parallel_backend": "xfuser", "shard_weights": True, "ring_degree": 2,
+    }  # fmt: skip
+    kwargs = group_spec(stages.Expert, high(one(given)), "wan_model.engine").engine_kwargs
+    assert given.items() <= kwargs.items()
+    assert kwargs["offload"] is False
 
 
 def test_a_bound_on_predicted_seconds_needs_predictions():

@@ -527,7 +527,11 @@ async def test_content_has_variants(client, video_id):
     thumbnail = await client.get(f"/v1/videos/{video_id}/content?variant=thumbnail")
     assert thumbnail.headers["content-type"] == "image/webp"
     assert thumbnail.content[8:12] == b"WEBP"
-    answer = await client.get(f"/v1/videos/{video_id}/content?variant=spritesheet")
+    sheet = await client.get(f"/v1/videos/{video_id}/content?variant=spritesheet")
+    assert sheet.content[8:12] == b"WEBP"
+    answer = await client.get(f"/v1/videos/{video_id}/content?variant=preview")
+    assert_error(answer, 404, code="content_gone")
+    answer = await client.get(f"/v1/videos/{video_id}/content?variant=poster")
     assert_error(answer, 400, param="variant")
 
 

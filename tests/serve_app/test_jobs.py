@@ -249,6 +249,39 @@ async def test_a_retry_waits_its_delay_and_counts_as_a_failed_attempt(store, sub
     assert job.error_message.endswith("the last: rank 1 died")
 
 
+async def test_a_job_that_comes_a_little_further_before_each_failure_is_given_up_too(
+    store, submit, claim, clock
+):
+    await submit()
+    limits = {"max_attempts": 2, "max_failures": 4}
+    for step in range(1, 5):
+        job = await claim(max_failures=4)
+        assert (job.failures, job.total_failures) == (min(1, step - 1), step - 1)
+        await store.record_checkpoint(job.id, job.attempt, key=f"c-{step}", step=step)
+        if step % 2:
+            await store.retry(job.id, job.attempt, reason="rank 1 died", **limits)
+        else:
+            clock.advance(LEASE_S)
+    assert await claim(max_failures=4) is None
+    job = await store.get(job.id)
+    assert (job.status, job.error_code, job.failures) == ("failed", "too_many_attempts", 1)
+    assert job.error_message.startswith("gave up after 4 failed attempts in all")
+
+
+async def test_what_can_be_seen_before_the_end_is_fenced_and_replaced_by_the_end(
+    store, submit, claim
+):
+    await submit()
+    job = await claim()
+    shown = {"preview": "k"}
+    assert not await store.record_artifacts(job.id, job.attempt + 1, artifacts=shown)
+    assert await store.record_artifacts(job.id, job.attempt, artifacts=shown)
+    assert (await store.get(job.id)).artifacts == shown
+    await store.complete(job.id, job.attempt, artifacts={"video": "v"})
+    assert (await store.get(job.id)).artifacts == {"video": "v"}
+    assert not await store.record_artifacts(job.id, job.attempt, artifacts=shown)
+
+
 async def test_a_released_job_is_claimed_again_at_once_and_has_not_failed(store, submit, claim):
     await submit()
     for attempt in range(1, MAX_ATTEMPTS + 3):

@@ -39,6 +39,7 @@ def job(**given) -> Job:
         "id": "video_" + "0" * 24, "model": "wan-tiny", "prompt": "a cat",
         "params": dataclasses.asdict(params()), "num_steps": 20, "predicted_s": 100.0,
         "status": "queued", "stage": None, "step": 0, "progress": 0, "attempt": 0, "failures": 0,
+        "total_failures": 0,
         "worker": None, "lease_until": None, "cancel_requested": False, "checkpoint": None,
         "checkpoint_step": 0, "artifacts": {}, "error_code": None, "error_message": None,
         "created_at": 1000.9, "started_at": None, "completed_at": None, "expires_at": None,
@@ -319,3 +320,29 @@ def test_a_larger_video_is_predicted_by_its_work():
     small = predicted_s(I2V_A14B, stages, width=832, height=480)
     large = predicted_s(I2V_A14B, stages, width=1280, height=720)
     assert large / small == pytest.approx(6.52 / 1.68, rel=0.02)
+
+
+def test_a_row_of_another_version_is_shown_as_far_as_it_is_understood():
+    numbers = dataclasses.asdict(params())
+    del numbers["shift"]
+    timing = {
+        "stage": "VAE", "replica": "r", "started_at": 1.0, "ended_at": 2.0, "busy_s": 1.0,
+        "from_step": 0, "to_step": 0,
+    }  # fmt: skip
+    got = answer(
+        params=numbers | {"new_field": [1]},
+        artifacts={"video": "k", "timings": [timing | {"new": 1}, {"stage": "VAE"}]},
+        status="completed",
+    )
+    assert (got.flow_shift, got.seed, got.num_frames) == (None, 7, 17)
+    assert (got.seconds, got.size) == ("2", "128x128")
+    assert len(got.timings) == 1, "the one that lacks fields is left out"
+    stranger = answer(params={"frames": 5})
+    assert (stranger.seconds, stranger.size, stranger.seed) == ("?", "?x?", None)
+
+
+def test_the_files_that_can_be_downloaded_are_named():
+    assert answer().variants == []
+    assert answer(status="in_progress", artifacts={"preview": "k"}).variants == ["preview"]
+    made = {"thumbnail": "k", "video": "k", "image": "k", "timings": [], "num_frames": 17}
+    assert answer(status="completed", artifacts=made).variants == ["video", "thumbnail"]

@@ -50,8 +50,12 @@ async def test_create_and_poll_then_download(service):
         assert (video.seed, video.guidance_scale_2) == (5, 2.5)
         content = await call(videos.download_content, video.id)
         assert frames_of(content.read()) == (17, 64, 128, 8.0)
-        thumbnail = await call(videos.download_content, video.id, variant="thumbnail")
-        assert thumbnail.read()[8:12] == b"WEBP"
+        for variant in ("thumbnail", "spritesheet"):
+            picture_ = await call(videos.download_content, video.id, variant=variant)
+            assert picture_.read()[8:12] == b"WEBP"
+        remixed = await call(videos.remix, video.id, prompt="a dog")
+        assert (remixed.remixed_from_video_id, remixed.prompt) == (video.id, "a dog")
+        assert (remixed.seed, remixed.size) == (5, "64x128")
 
 
 async def test_the_pollers_own_interval_is_the_services(service):

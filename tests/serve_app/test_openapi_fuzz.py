@@ -32,11 +32,14 @@ VIDEO = "/v1/videos/{video_id}"
 OPERATIONS = [
     ("get", "/health"),
     ("get", "/ready"),
+    ("get", "/v1/cinematography"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model}"),
     ("get", "/v1/videos"),
     ("post", "/v1/videos"),
+    ("post", "/v1/images/generations"),
     ("get", VIDEO),
+    ("post", VIDEO + "/remix"),
     ("get", VIDEO + "/content"),
     ("head", VIDEO + "/content"),
     ("get", VIDEO + "/events"),
@@ -46,6 +49,7 @@ CASES = [(*operation, LEGAL) for operation in OPERATIONS] + [
     # The others have nothing to be illegal with: any text is a path's part.
     ("get", "/v1/videos", ILLEGAL),
     ("post", "/v1/videos", ILLEGAL),
+    ("post", "/v1/images/generations", ILLEGAL),
     ("get", VIDEO + "/content", ILLEGAL),
 ]
 

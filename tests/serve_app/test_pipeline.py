@@ -16,14 +16,17 @@ from http_service import resolved
 
 from cluster.errors import RankDied
 from serve_app import pipeline as module
-from serve_app.jobs import JobStore, NewJob
+from serve_app import preview, retry_policy
+from serve_app.jobs import JobStore, NewJob, new_job_id
 from serve_app.pipeline import Pipeline
 from serve_app.stages import LeaseLost, StageReport, StageResult
 from wan_model.config import WAN_TINY
 from wan_model.params import VideoParams
+from wan_model.schedule import build_schedule
 
 pytestmark = pytest.mark.anyio
-NUM_STEPS = 20  # 10 of them on the high-noise expert
+NUM_STEPS = 20
+BOUNDARY = build_schedule(VideoParams.for_model(WAN_TINY, num_steps=NUM_STEPS)).boundary_step
 
 
 class Response:
@@ -57,26 +60,34 @@ class FakeStages:
         self.encode = Method(self._encode)
         self.run = Method(self._run)
         self.decode = Method(self._decode)
+        self.preview = Method(self._preview)
+        self.on_preview: Callable | None = None
 
     async def _encode(self, job, prompt, negative_prompt):
         self.calls.append(("encode", prompt))
         return self._result("TextEncoder", 0, 0)
 
-    async def _run(self, job, text, image, earlier, *, checkpoint, from_step, to_step):
+    async def _run(self, job, text, image, earlier, *, checkpoint, from_step, to_step, store_as):
         if earlier is None and checkpoint is not None:
             await self.artifacts.get_arrays(checkpoint)
         self.calls.append(("run", job.id, from_step, to_step))
         if self.on_run is not None:
             await self.on_run(job, from_step, to_step)
-        key = f"{job.id}/checkpoints/{job.attempt}-{to_step}.safetensors"
-        await self.artifacts.put_arrays(key, {"latents": np.zeros(1, np.float32)})
+        await self.artifacts.put_arrays(store_as, {"latents": np.zeros(1, np.float32)})
         return dataclasses.replace(
-            self._result("Expert", from_step, to_step), artifacts={"checkpoint": key}
+            self._result("Expert", from_step, to_step), artifacts={"checkpoint": store_as}
         )
 
     async def _decode(self, job, final, checkpoint):
         self.calls.append(("decode", job.id))
         return dataclasses.replace(self._result("VAE", 0, 0), artifacts={"video": f"{job.id}/v"})
+
+    async def _preview(self, job, boundary, checkpoint):
+        self.calls.append(("preview", job.id, boundary is None, checkpoint))
+        if self.on_preview is not None:
+            await self.on_preview(job)
+        key = f"{job.id}/preview"
+        return dataclasses.replace(self._result("VAE", 0, 0), artifacts={"preview": key})
 
     def _result(self, stage, from_step, to_step) -> StageResult:
         now = time.time()
@@ -119,7 +130,7 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(tmp_path, monkeypatch, **jobs):
-    monkeypatch.setattr(module, "RETRY_DELAY_S", 0.01)
+    monkeypatch.setattr(retry_policy, "RETRY_DELAY_S", 0.01)
     # Outside Serve there is nobody to ask; the lines keep the places they began with.
     monkeypatch.setattr(module, "_num_running_replicas", lambda: {"Pipeline": 1})
     service = resolved(
@@ -150,7 +161,7 @@ async def test_a_job_runs_through_its_stages_in_order(tmp_path, monkeypatch):
         segments = r.stages.segments(job_id)
         assert segments[0] == (0, 1), "the first segment measures one step"
         assert [a for a, _ in segments[1:]] == [b for _, b in segments[:-1]]
-        assert any(b == 10 for _, b in segments), "no segment crosses the boundary"
+        assert any(b == BOUNDARY for _, b in segments), "no segment crosses the boundary"
         assert not await r.stages.artifacts.exists(f"{job_id}/checkpoints/1-1.safetensors")
         assert [t["stage"] for t in job.artifacts["timings"]][0] == "TextEncoder"
 
@@ -160,7 +171,7 @@ async def test_a_dead_group_costs_no_step_that_was_checkpointed(tmp_path, monkey
         deaths = []
 
         async def die_once(job, from_step, to_step):
-            if from_step >= 10 and not deaths:
+            if from_step >= BOUNDARY and not deaths:
                 deaths.append(from_step)
                 raise RankDied("killed")
 
@@ -284,7 +295,7 @@ async def test_the_most_urgent_job_goes_first_and_then_the_oldest(tmp_path, monk
         urgent = await r.submit(priority=5)
         for job_id in (*jobs, urgent):
             assert (await r.wait(job_id)).status == "completed"
-        high = [call[1] for call in r.stages.calls if call[0] == "run" and call[2] < 10]
+        high = [call[1] for call in r.stages.calls if call[0] == "run" and call[2] < BOUNDARY]
         # The first was inside when the others came; it is behind the urgent one for its second.
         assert list(dict.fromkeys(high[1:])) == [urgent, *jobs]
 
@@ -313,3 +324,156 @@ async def test_shutting_down_gives_the_jobs_back(tmp_path, monkeypatch):
     job = await store.get(job_id)
     assert (job.status, job.failures) == ("queued", 0)
     await store.close()
+
+
+# --- the boundary ----------------------------------------------------------------------------
+
+
+async def test_the_state_at_the_boundary_outlives_the_job(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        job_id = await r.submit()
+        job = await r.wait(job_id)
+        assert job.boundary_state == f"{job_id}/boundary-1.safetensors"
+        assert await r.stages.artifacts.exists(job.boundary_state)
+        await eventually_gone(r.stages.artifacts, f"{job_id}/checkpoints/1-20.safetensors")
+
+
+async def test_no_boundary_state_is_kept_where_that_is_off(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch, keep_boundary_states=False) as r:
+        job_id = await r.submit()
+        assert (await r.wait(job_id)).boundary_state is None
+        assert not await r.stages.artifacts.exists(f"{job_id}/boundary-1.safetensors")
+
+
+async def eventually_gone(artifacts, key: str) -> None:
+    deadline = time.monotonic() + 5
+    while await artifacts.exists(key):
+        assert time.monotonic() < deadline, f"{key} is still there"
+        await asyncio.sleep(0.02)
+
+
+async def submit_branch(r: Running) -> str:
+    job_id = new_job_id()
+    state = f"{job_id}/boundary-0.safetensors"
+    await r.stages.artifacts.put_arrays(state, {"latents": np.zeros(1, np.float32)})
+    return await r.submit(
+        id=job_id, branch_from="video_1", checkpoint=state, checkpoint_step=BOUNDARY,
+        boundary_state=state,
+    )  # fmt: skip
+
+
+async def test_a_branch_runs_the_low_noise_half_and_survives_a_death_in_it(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        deaths = []
+
+        async def die_at_once(job, from_step, to_step):
+            assert job.first_step == BOUNDARY
+            if not deaths:
+                deaths.append(from_step)
+                raise RankDied("killed")
+
+        r.stages.on_run = die_at_once
+        job_id = await submit_branch(r)
+        job = await r.wait(job_id)
+        assert (job.status, job.attempt) == ("completed", 2)
+        assert [a for a, _ in r.stages.segments(job_id)][:2] == [BOUNDARY, BOUNDARY]
+        assert job.boundary_state == f"{job_id}/boundary-0.safetensors"
+        assert await r.stages.artifacts.exists(job.boundary_state), "branches of it need it"
+
+
+async def test_a_branch_whose_state_is_gone_fails_in_plain_words(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        job_id = new_job_id()
+        key = f"{job_id}/boundary-0.safetensors"
+        await r.submit(
+            id=job_id, branch_from="video_1", checkpoint=key, checkpoint_step=BOUNDARY,
+            boundary_state=key,
+        )  # fmt: skip
+        job = await r.wait(job_id)
+        assert (job.status, job.error_code) == ("failed", "boundary_state_gone")
+        assert "branch from the video again" in job.error_message
+        assert r.stages.segments(job_id) == []
+
+
+async def test_an_unreadable_checkpoint_after_the_boundary_costs_only_the_way_from_there(
+    tmp_path, monkeypatch
+):
+    async with running(tmp_path, monkeypatch) as r:
+        state = {"died": False}
+
+        async def die_and_lose(job, from_step, to_step):
+            if from_step > BOUNDARY and not state["died"]:
+                state["died"] = True
+                await r.stages.artifacts.delete_prefix(f"{job.id}/checkpoints")
+                raise RankDied("killed")
+
+        r.stages.on_run = die_and_lose
+        job_id = await r.submit()
+        assert (await r.wait(job_id)).status == "completed"
+        starts = [a for a, _ in r.stages.segments(job_id)]
+        assert (starts.count(0), starts.count(BOUNDARY)) == (1, 2)
+
+
+async def test_a_preview_is_there_while_the_low_noise_expert_goes_on(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+        seen = asyncio.Event()
+
+        async def wait_for_the_preview(job, from_step, to_step):
+            if from_step >= BOUNDARY:
+                await asyncio.wait_for(seen.wait(), 10)
+
+        r.stages.on_run = wait_for_the_preview
+        job_id = await r.submit(preview=True)
+        while not (job := await r.store.get(job_id)).artifacts:
+            await asyncio.sleep(0.02)
+        assert (job.status, job.artifacts) == ("in_progress", {"preview": f"{job_id}/preview"})
+        seen.set()
+        job = await r.wait(job_id)
+        assert {"preview", "video"} <= set(job.artifacts)
+        assert [c for c in r.stages.calls if c[0] == "preview"] == [
+            ("preview", job_id, False, f"{job_id}/boundary-1.safetensors")
+        ]
+
+
+async def test_a_preview_neither_delays_nor_fails_its_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(preview, "GRACE_S", 0.2)
+    async with running(tmp_path, monkeypatch) as r:
+        stopped = asyncio.Event()
+
+        async def fail(job):
+            raise RankDied("the VAE died")
+
+        async def hang(job):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                stopped.set()
+
+        for on_preview in (fail, hang):
+            r.stages.on_preview = on_preview
+            job = await r.wait(await r.submit(preview=True))
+            assert (job.status, job.attempt) == ("completed", 1)
+            assert "preview" not in job.artifacts
+        await asyncio.wait_for(stopped.wait(), 5)
+
+
+async def test_an_attempt_after_the_boundary_makes_the_preview_that_is_missing(
+    tmp_path, monkeypatch
+):
+    async with running(tmp_path, monkeypatch) as r:
+        died = []
+
+        async def fail_once(job):
+            if not died:
+                raise RankDied("the VAE died")
+
+        async def die_once(job, from_step, to_step):
+            if from_step > BOUNDARY and not died:
+                died.append(from_step)
+                raise RankDied("killed")
+
+        r.stages.on_preview, r.stages.on_run = fail_once, die_once
+        job = await r.wait(await r.submit(preview=True))
+        assert "preview" in job.artifacts
+        previews = [c[2:] for c in r.stages.calls if c[0] == "preview"]
+        assert previews == [(False, job.boundary_state), (True, job.boundary_state)]

@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from wan_model.checkpoint_keys import CheckpointError
 from wan_model.config import NEGATIVE_PROMPT, TextEncoderConfig
+from wan_model.engine import TextEncoderEngine
 from wan_model.text_encoder import TextEncoder, build_umt5, clean_prompt, load_tokenizer
 from wan_model.tiny.checkpoint import random_text_encoder, tiny_tokenizer
 from wan_model.weights import open_checkpoint
@@ -171,3 +173,10 @@ def test_broken_tokenizers_are_checkpoint_errors(folder, tmp_path):
     (root / "tokenizer/tokenizer.json").write_text("[]")
     with pytest.raises(CheckpointError, match="tokenizer.json is not a tokenizer"):
         open_checkpoint(root).load_text_encoder(device="cpu", dtype=torch.float32)
+
+
+def test_an_engine_gives_the_same_bits_whatever_else_it_is_asked_for(folder):
+    engine = TextEncoderEngine(checkpoint=str(folder), device="cpu")
+    alone = engine.encode(["a blue square"])[0]
+    beside_a_longer_one = engine.encode(["a blue square", "a red circle " * 20])[0]
+    assert np.array_equal(alone, beside_a_longer_one)

@@ -1,0 +1,139 @@
+"""Bytes per second of each fused row kernel at the size of a block, and its error.
+
+Owns the list of kernels and of the variants (piece, warps) that are tried. The definition each is
+compared with is the one in `wan_model.row_ops`; the ceiling is a device-to-device copy.
+
+    python -m benchmarks.row_kernels --output benchmarks/results/row-kernels-h200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_timing import Record, machine, median_s
+from wan_model import kernels, row_ops
+from wan_model.row_ops import FP8, Quantised, RowLayout
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = args.device
+        self.rows, self.dim, self.ffn, self.head = (
+            (48, 64, 96, 16) if args.tiny else (32_760, 5120, 13_824, 128)
+        )
+        self.record = Record(args.output, {**machine(args.device), "rows": []}, budget_s=120)
+
+    def draw(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=dtype)
+
+    def note(self, name: str, run: Callable[[], object], num_bytes: float, error: float | None):
+        seconds = median_s(run, self.device, repeats=20 if self.rows > 100 else 1)
+        row = {"kernel": name, "ms": seconds * 1e3, "tb_per_s": num_bytes / seconds / 1e12}
+        row |= {"chunk": kernels.ADD_NORM_CHUNK, "warps": kernels.NUM_WARPS, "error": error}
+        self.record.content["rows"].append(row)
+        print(row, flush=True)
+
+    def copy(self) -> None:
+        x, y = self.draw(self.rows, self.dim), self.draw(self.rows, self.dim)
+        self.note("copy", lambda: y.copy_(x), 2 * x.nbytes, None)
+
+    def add_norm(self, out_dtype: torch.dtype) -> None:
+        rows, dim = self.rows, self.dim
+        x, y = self.draw(rows, dim), self.draw(rows, dim, dtype=torch.bfloat16)
+        gate, scale, shift = (self.draw(1, 2, dim) for _ in range(3))
+        layout = RowLayout(num_tokens=rows, num_clean=rows // 3)
+
+        def run(x: Tensor = x):
+            return row_ops.add_norm(x, y, gate, scale, shift, layout, eps=1e-6, out_dtype=out_dtype)
+
+        error = compare(lambda: run(x.clone()))
+        num_bytes = 2 * x.nbytes + y.nbytes + x.numel() * out_dtype.itemsize
+        self.note(f"add_norm {out_dtype}", run, num_bytes, error)
+
+    def norm_rope(self) -> None:
+        qkv = self.draw(self.rows, 3 * self.dim, dtype=torch.bfloat16)
+        weights = (self.draw(self.dim), self.draw(self.dim))
+        angle = self.draw(self.rows, self.head // 2)
+        rope, layout = (angle.cos(), angle.sin()), RowLayout(num_tokens=self.rows)
+
+        def run(x: Tensor = qkv) -> Tensor:
+            row_ops.norm_rope(x, weights, rope, layout, eps=1e-6)
+            return x
+
+        error = compare(lambda: run(qkv.clone()))
+        self.note("norm_rope q, k", run, 4 * self.rows * self.dim * 2, error)
+
+    def gelu(self) -> None:
+        x = self.draw(self.rows, self.ffn, dtype=torch.bfloat16)
+        error = compare(lambda: row_ops.gelu(x.clone(), out_dtype=torch.bfloat16))
+        self.note("gelu", lambda: row_ops.gelu(x, out_dtype=torch.bfloat16), 2 * x.nbytes, error)
+        x = self.draw(self.rows, self.ffn, dtype=torch.bfloat16)
+        error = compare(lambda: row_ops.gelu(x, out_dtype=FP8))
+        run = lambda: row_ops.gelu(x, out_dtype=FP8)  # noqa: E731
+        self.note("gelu to fp8", run, 1.5 * x.nbytes, error)
+        y = self.draw(self.rows, self.dim, dtype=torch.bfloat16)
+        error = compare(lambda: row_ops.quantise_rows(y))
+        self.note("quantise", lambda: row_ops.quantise_rows(y), 1.5 * y.nbytes, error)
+
+    def gelu_in_the_product(self) -> None:
+        """The whole first linear of the FFN: with a GELU kernel, and with GELU as its epilogue."""
+        y = self.draw(self.rows, self.dim, dtype=torch.bfloat16)
+        w = self.draw(self.ffn, self.dim, dtype=torch.bfloat16) * self.dim**-0.5
+        b = self.draw(self.ffn, dtype=torch.bfloat16)
+        exact = F.gelu(F.linear(y[:256].float(), w.float(), b.float()), approximate="tanh")
+        apart = lambda: row_ops.gelu(F.linear(y, w, b), out_dtype=torch.bfloat16)  # noqa: E731
+        joined = lambda: torch._addmm_activation(b, y, w.t(), use_gelu=True)  # noqa: E731
+        for name, run in (("linear, then gelu", apart), ("linear with gelu epilogue", joined)):
+            self.note(name, run, 0, relative(run()[:256].float(), exact))
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        self.record.case("copy", self.copy, limit_s=20)
+        for chunk, warps in ((512, 4), (1024, 4), (1024, 8), (512, 8), (512, 2)):
+            kernels.ADD_NORM_CHUNK, kernels.NUM_WARPS = chunk, warps
+            kernels.MAX_CHUNK = chunk
+            for dtype in (torch.bfloat16, FP8):
+                run = partial(self.add_norm, dtype)
+                self.record.case(f"add_norm {dtype} {chunk} {warps}", run, limit_s=30)
+            self.record.case(f"norm_rope {chunk} {warps}", self.norm_rope, limit_s=30)
+            self.record.case(f"gelu {chunk} {warps}", self.gelu, limit_s=30)
+        self.record.case("gelu epilogue", self.gelu_in_the_product, limit_s=30)
+
+
+def compare(run: Callable[[], row_ops.Rows]) -> float:
+    """Relative rms difference of the kernel from the PyTorch definition, on the same inputs."""
+    got = _plain(run())
+    chosen = row_ops._uses_kernels
+    row_ops._uses_kernels = lambda x: False
+    try:
+        return relative(got, _plain(run()))
+    finally:
+        row_ops._uses_kernels = chosen
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def _plain(rows: row_ops.Rows) -> Tensor:
+    return rows.dequantise() if isinstance(rows, Quantised) else rows.float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.row_kernels", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    Bench(args).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The state at the boundary: a branch that begins with it, and the preview that shows it."""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wan_model import engine as engine_module
+from wan_model.config import Expert
+from wan_model.engine import ExpertEngine, VAEEngine
+from wan_model.generate import Placement, Request, denoise, encode
+from wan_model.params import VideoParams
+from wan_model.schedule import build_schedule
+from wan_model.state import DenoiseState
+from wan_model.weights import open_checkpoint
+
+SOLVERS = ("unipc", "dpm++", "euler")
+ONE_PROCESS = Placement()
+RED, BLUE = "a red circle", "a blue square"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny):
+    return tiny("t2v-A14B")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return open_checkpoint(str(folder)).config
+
+
+@pytest.fixture(scope="module")
+def vae(folder):
+    return VAEEngine(checkpoint=str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def by_hand(folder, config):
+    """by_hand(params, prompt, steps, state=None): single steps of engines that are loaded once."""
+    given = {"checkpoint": str(folder), "device": "cpu"}
+    experts = {expert: ExpertEngine(**given, expert=expert.value) for expert in Expert}
+    text = {
+        prompt: encode(request(folder, config, prompt), ONE_PROCESS, config)
+        for prompt in (RED, BLUE)
+    }
+
+    def run(params, prompt, steps, state=None):
+        schedule = build_schedule(params)
+        for step_index in steps:
+            engine = experts[schedule.expert_at(step_index)]
+            given = {"params": dataclasses.asdict(params), "conditioning": text[prompt]}
+            engine.open("j", **given, state=state)
+            engine.step("j")
+            state = engine.export("j")
+        return state
+
+    run.experts = experts
+    return run
+
+
+def request(folder, config, prompt=RED, **given) -> Request:
+    return Request(checkpoint=str(folder), prompt=prompt, params=numbers(config, **given))
+
+
+def numbers(config, **given) -> VideoParams:
+    given = {"width": 64, "height": 32, "num_frames": 9, "num_steps": 6, "seed": 11} | given
+    return VideoParams.for_model(config, **given)
+
+
+def boundary_of(params: VideoParams) -> int:
+    return build_schedule(params).boundary_step
+
+
+def test_a_branch_equals_a_full_run_with_the_same_high_noise_half(folder, config, by_hand):
+    source = request(folder, config, RED)
+    branch = request(folder, config, BLUE, guidance_low_noise=2.0)
+    boundary = boundary_of(source.params)
+    conditioning = {each: encode(each, ONE_PROCESS, config) for each in (source, branch)}
+    state = denoise(source, ONE_PROCESS, conditioning[source], to_step=boundary)
+    branched = denoise(branch, ONE_PROCESS, conditioning[branch], state=state)["latents"]
+    half = by_hand(source.params, RED, range(boundary))
+    whole = by_hand(branch.params, BLUE, range(boundary, 6), half)["latents"]
+    assert np.array_equal(branched, whole)
+    same = denoise(source, ONE_PROCESS, conditioning[source], state=state)["latents"]
+    assert np.array_equal(same, by_hand(source.params, RED, range(6))["latents"])
+    assert not np.array_equal(branched, same), "the other prompt made no difference"
+    from_the_seed = by_hand(branch.params, BLUE, range(6))["latents"]
+    assert not np.array_equal(branched, from_the_seed), "the source made no difference"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_seed_has_no_effect_after_the_noise_is_drawn(config, by_hand, solver):
+    """Why the service refuses another seed for a branch."""
+    params = numbers(config, solver=solver)
+    boundary = boundary_of(params)
+    state = by_hand(params, RED, range(boundary))
+    ends = [
+        by_hand(dataclasses.replace(params, seed=seed), BLUE, range(boundary, 6), state)
+        for seed in (11, 12)
+    ]
+    assert np.array_equal(ends[0]["latents"], ends[1]["latents"])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_newest_prediction_is_what_the_last_high_noise_step_saw(config, by_hand, solver):
+    """x0 = x - sigma v, from the state before that step."""
+    params = numbers(config, solver=solver)
+    last = boundary_of(params) - 1
+    before = by_hand(params, RED, range(last))
+    after = by_hand(params, RED, [last], before)
+    engine = by_hand.experts[Expert.HIGH_NOISE]
+    job = engine.jobs["j"]  # as the step left it
+    at_the_step = dataclasses.replace(job, state=DenoiseState.from_arrays(before))
+    with torch.inference_mode():
+        velocity = engine._predict(at_the_step).numpy()
+    x0 = before["latents"] - np.float32(build_schedule(params).sigmas[last]) * velocity
+    np.testing.assert_allclose(after["x0_history.0"], x0, atol=1e-5)
+
+
+def test_a_preview_is_an_animation_of_the_predicted_clean_latents(
+    config, by_hand, vae, monkeypatch
+):
+    made = numbers(config, width=64, height=64)
+    state, params = by_hand(made, RED, range(boundary_of(made))), dataclasses.asdict(made)
+    clean = vae.decode_frames({"latents": state["x0_history.0"]})
+    picture = Image.open(io.BytesIO(vae.preview(params=params, state=state)))
+    assert (picture.format, picture.size, picture.is_animated) == ("WEBP", (64, 64), True)
+    first = np.asarray(picture.convert("RGB"), float)
+    noise = vae.decode_frames({"latents": state["latents"]})
+    assert np.abs(first - clean[0]).mean() < 0.5 * np.abs(first - noise[0]).mean()
+    monkeypatch.setattr(engine_module, "PREVIEW_PIXELS", 9 * 32 * 32)
+    small = Image.open(io.BytesIO(vae.preview(params=params, state=state)))
+    assert small.width == small.height and small.width < 40
+
+
+@pytest.mark.parametrize("shape", [(16, 21, 90, 160), (16, 31, 160, 90), (16, 1, 90, 160)])
+def test_what_a_preview_decodes_is_bounded_and_keeps_its_aspect(shape):
+    stride = (4, 8, 8)
+    shrunk = engine_module._shrink(torch.zeros(shape), stride, 2**23)
+    assert shrunk[0].numel() * math.prod(stride) < 1.05 * 2**23
+    assert shrunk.shape[:2] == shape[:2]
+    assert shrunk.shape[2] / shrunk.shape[3] == pytest.approx(shape[2] / shape[3], rel=0.03)
+
+
+def test_a_decoded_video_comes_with_its_pictures_and_one_frame_as_png(config, vae):
+    for num_frames, cells in ((9, (192, 96)), (1, (64, 32))):
+        params = numbers(config, num_frames=num_frames)
+        shape = params.latent_shape(config)
+        latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        decoded = vae.decode(params=dataclasses.asdict(params), state={"latents": latents})
+        assert Image.open(io.BytesIO(decoded["spritesheet"])).size == cells
+        assert Image.open(io.BytesIO(decoded["thumbnail"])).size == (64, 32)
+        assert ("png" in decoded) == (num_frames == 1)
+    frames = vae.decode_frames({"latents": latents})
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(decoded["png"]))), frames[0])

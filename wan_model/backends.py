@@ -1,0 +1,43 @@
+"""The names of the attention kernels and of the parallel implementations, and what fits what.
+
+Owns the rules that can be told from names alone, so that a config file is refused before a GPU is
+asked for. The kernels are in attention.py, the implementations in parallel.py and
+xfuser_backend.py. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Attention = Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_4", "sage"]
+ParallelBackend = Literal["own", "xfuser"]
+
+ATTENTION_BACKENDS: tuple[str, ...] = get_args(Attention)
+PARALLEL_BACKENDS: tuple[str, ...] = get_args(ParallelBackend)
+
+WITHOUT_LSE = {"own": {"sage"}, "xfuser": {"sage", "flash_attn_4"}}
+"""Per parallel implementation the kernels that give it no log-sum-exp, which a ring needs.
+
+SageAttention 1.0 has none. FlashAttention 4 has one, but xfuser 0.7 does not ask it for it.
+"""
+
+
+def check_backends(*, attention: str, parallel_backend: str, ring_degree: int) -> None:
+    """Raises ValueError, in one sentence, for names that do not exist or do not go together."""
+    for name, known in ((attention, ATTENTION_BACKENDS), (parallel_backend, PARALLEL_BACKENDS)):
+        if name not in known:
+            kind = "attention" if known is ATTENTION_BACKENDS else "parallel"
+            raise ValueError(f"unknown {kind} backend {name!r}: use one of {', '.join(known)}")
+    without = WITHOUT_LSE[parallel_backend]
+    if ring_degree > 1 and attention in without:
+        having = [name for name in ATTENTION_BACKENDS[1:] if name not in without]
+        owner = "" if parallel_backend == "own" else f" under {parallel_backend}"
+        raise ValueError(
+            f"attention backend {attention} gives no log-sum-exp{owner}, which ring {ring_degree}"
+            f" needs: use one of {', '.join(having)}, or ring 1"
+        )
+    if parallel_backend == "xfuser" and attention == "sage":
+        raise ValueError(
+            "attention backend sage does not work under xfuser, which expects SageAttention 2:"
+            " use another one, or parallel backend own"
+        )
