@@ -30,7 +30,6 @@ from wan_model.parallel import Mesh, SequenceParallel, make_mesh
 from wan_model.params import VideoParams
 from wan_model.rows import divide_rows, is_first_rank
 from wan_model.schedule import Schedule, build_schedule
-from wan_model.sharding import load_sharded
 from wan_model.solver import solver_step
 from wan_model.state import Arrays, Conditioning, DenoiseState, draw_noise
 from wan_model.transformer import TextContext, WanTransformer
@@ -138,6 +137,8 @@ class ExpertEngine:
         if shard_weights and self.mesh is None:
             raise ValueError("shard_weights has no effect on one rank: use offload on a small card")
         if shard_weights:
+            from wan_model.sharding import load_sharded  # FSDP takes a second to import
+
             self.transformer = load_sharded(load, device)
         elif offload:
             self.transformer = offload_blocks(load("cpu"), device)

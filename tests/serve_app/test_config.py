@@ -235,6 +235,14 @@ def test_how_an_expert_computes_reaches_its_engine():
     assert kwargs["offload"] is False
 
 
+def test_a_group_of_several_decodes_by_rows():
+    for num_workers, split in ((1, False), (2, True)):
+        service = resolve({"m": {"checkpoint": "x"}}, vae={"num_workers": num_workers})
+        spec = group_spec(stages.VAE, service.vaes["VAE"], "wan_model.engine")
+        assert len(spec.bundles()) == num_workers
+        assert spec.engine_kwargs.get("split_rows", False) is split
+
+
 def test_a_bound_on_predicted_seconds_needs_predictions():
     with pytest.raises(ValueError, match="jobs.max_queued_s has no effect on m"):
         resolve({"m": {"checkpoint": "x"}}, jobs={"max_queued_s": 10})
