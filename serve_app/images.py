@@ -21,6 +21,9 @@ FETCH_TIMEOUT_S = 20.0
 
 _DATA_URI = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
 
+# IPv6 networks that stand for IPv4 addresses, private ones too: NAT64 (RFC 6052) and 6to4.
+_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16")))
+
 
 class ImageTooLarge(ValueError):
     """More bytes than the service takes."""
@@ -67,7 +70,11 @@ async def fetch_image(url: str, *, allowed_hosts: tuple[str, ...], max_bytes: in
     request = httpx.Request(
         "GET",
         parsed.copy_with(host=address),
-        headers={"Host": parsed.netloc.decode("ascii"), "Accept": "image/*"},
+        headers={
+            "Host": parsed.netloc.decode("ascii"),
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+        },
         extensions={"sni_hostname": host, "timeout": httpx.Timeout(FETCH_TIMEOUT_S).as_dict()},
     )
     try:
@@ -83,7 +90,7 @@ async def _read_limited(client: httpx.AsyncClient, request: httpx.Request, max_b
         if response.status_code != 200:
             raise ValueError(f"the image's host answered {response.status_code}, not 200")
         data = bytearray()
-        async for chunk in response.aiter_bytes():
+        async for chunk in response.aiter_raw():  # unpacking could make much of little
             data += chunk
             if len(data) > max_bytes:
                 raise ImageTooLarge(f"the image has more than {max_bytes} bytes")
@@ -110,9 +117,15 @@ async def _allowed_address(host: str, port: int | None, allowed_hosts: tuple[str
         raise ValueError(f"the host {host} is not known") from error
     addresses = [ipaddress.ip_address(entry[4][0].split("%")[0]) for entry in found]
     for address in addresses:
-        if not address.is_global and not any(address in network for network in networks):
+        if not _is_public(address) and not any(address in network for network in networks):
             raise refused
     return str(addresses[0])
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_global and not any(
+        address.version == 6 and address in network for network in _TRANSLATED
+    )
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

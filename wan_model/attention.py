@@ -26,6 +26,9 @@ from wan_model.backends import ATTENTION_BACKENDS, WITHOUT_LSE
 
 WithLSE = tuple[Tensor, Tensor]
 
+FEW_KEYS = 512
+"""With a text's keys cuDNN is 1.5 times as fast as FlashAttention 4 (H200), and slower with many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
@@ -39,7 +42,8 @@ class Kernel:
 
 def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v -> [B, L, H, D]. Every key is attended to."""
-    return _KERNELS[resolve_backend(backend, q_BLHD)].run(q_BLHD, k_BSHD, v_BSHD)
+    name = resolve_backend(backend, q_BLHD, num_keys=k_BSHD.shape[1])
+    return _KERNELS[name].run(q_BLHD, k_BSHD, v_BSHD)
 
 
 def attention_with_lse(
@@ -59,11 +63,16 @@ def attention_with_lse(
     return run(q_BLHD, k_BSHD, v_BSHD)
 
 
-def resolve_backend(backend: str, q: Tensor) -> str:
-    """The kernel's name; "auto" is the fastest that can be imported for tensors like `q`."""
+def resolve_backend(backend: str, q: Tensor, *, num_keys: int | None = None) -> str:
+    """The kernel's name; "auto" is the fastest that can be imported for tensors like `q`.
+
+    `num_keys` None means many.
+    """
     if backend == "auto":
         if q.device.type != "cuda" or q.dtype == torch.float32:  # the fast ones are 16 bit only
             return "sdpa"
+        if num_keys is not None and num_keys <= FEW_KEYS:
+            return "cudnn"
         return "flash_attn_4" if _first_module(_KERNELS["flash_attn_4"]) else "cudnn"
     if backend not in _KERNELS:
         known = ", ".join(ATTENTION_BACKENDS)

@@ -9,19 +9,22 @@ Shapes as in `transformer`; R = B * N rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_model.fp8 import Fp8Linear
 from wan_model.parallel import SequenceParallel
-from wan_model.row_ops import FP8, RowLayout, Rows, add_norm, gelu, norm_rope
+from wan_model.row_ops import FP8, Change, RowLayout, Rows, add_norm, gelu, norm_rope
 
 if TYPE_CHECKING:
     from wan_model.transformer import Block, Head, TextContext
 
-SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)
+FOLD_BIASES = True
+"""Whether the products before a residual add leave their bias to it."""
 
 
 def run_blocks(
@@ -46,52 +49,77 @@ def run_blocks(
     norms = _norms(blocks, head, modulation_BG6D, e_BGD)
     modulation = norms[0]
     y = add_norm(
-        x, None, None, modulation[SCALE1], modulation[SHIFT1], layout, eps=eps,
-        out_dtype=_input_dtype(blocks[0].self_attn.qkv),
+        x, (), modulation.scale1, modulation.shift1, layout, eps=eps,
+        out_dtype=_input_dtype(modulation.linear),
     )  # fmt: skip
     for block, (k, v), modulation, following in zip(
         blocks, text, norms[:-1], norms[1:], strict=True
     ):
         y = _self_attention(block, y, layout, rope, sp, num_tokens)
+        attended = _change(block.self_attn.o, y, modulation.gate1)
+        # Not stored: the next sum takes it again, which reads 2 bytes and saves writing 4.
         y = add_norm(
-            x, y, modulation[GATE1], block.norm3.weight[None, None], block.norm3.bias[None, None],
-            layout, eps=eps, out_dtype=_input_dtype(block.cross_attn.q),
+            x, (attended,), block.norm3.weight[None, None], block.norm3.bias[None, None],
+            layout, eps=eps, out_dtype=_input_dtype(block.cross_attn.q), store=False,
         )  # fmt: skip
         y = _cross_attention(block, y, layout, k, v, sp)
+        looked_up = _change(block.cross_attn.o, y, None)
         y = add_norm(
-            x, y, None, modulation[SCALE2], modulation[SHIFT2], layout, eps=eps,
+            x, (attended, looked_up), modulation.scale2, modulation.shift2, layout, eps=eps,
             out_dtype=_input_dtype(block.ffn[0]),
         )  # fmt: skip
-        y = block.ffn[2](gelu(block.ffn[0](y), out_dtype=_input_dtype(block.ffn[2])))
+        del attended, looked_up
+        y = gelu(block.ffn[0](y), out_dtype=_input_dtype(block.ffn[2]))
         y = add_norm(
-            x, y, modulation[GATE2], following[SCALE1], following[SHIFT1], layout, eps=eps,
-            out_dtype=_input_dtype(following.linear),
+            x, (_change(block.ffn[2], y, modulation.gate2),), following.scale1, following.shift1,
+            layout, eps=eps, out_dtype=_input_dtype(following.linear),
         )  # fmt: skip
     return y.view(shape)
 
 
-class _Modulation(list):
-    """The six rows [B, G, D] of a block (of the head: two), and the linear its first norm feeds."""
+@dataclass(frozen=True, kw_only=True)
+class _Modulation:
+    """The rows [B, G, D] of a block, 1 added to the scales, and the linear its first norm feeds.
+
+    The head has the first two only.
+    """
 
     linear: nn.Module
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor | None = None
+    shift2: Tensor | None = None
+    scale2: Tensor | None = None
+    gate2: Tensor | None = None
 
 
 def _norms(
     blocks: nn.ModuleList, head: Head, modulation_BG6D: Tensor, e_BGD: Tensor
 ) -> list[_Modulation]:
-    """Of every block and, last, of the head; the scales have their 1 added."""
+    """Of every block and, last, of the head."""
     own_L6D = torch.cat([block.modulation for block in blocks])
-    rows = own_L6D[:, None, None] + modulation_BG6D
-    rows[..., SCALE1, :] += 1
-    rows[..., SCALE2, :] += 1
-    made = [_Modulation(block_rows.unbind(-2)) for block_rows in rows]
-    head_rows = head.modulation + e_BGD[:, :, None]
-    head_rows[..., SCALE1, :] += 1
-    made.append(_Modulation(head_rows.unbind(-2)))
-    for modulation, block in zip(made, blocks, strict=False):
-        modulation.linear = block.self_attn.qkv
-    made[-1].linear = head.head
+    rows_LBG6D = own_L6D[:, None, None] + modulation_BG6D
+    rows_LBG6D[..., 1::3, :] += 1
+    made = []
+    for block, rows_BG6D in zip(blocks, rows_LBG6D, strict=True):
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows_BG6D.unbind(-2)
+        made.append(
+            _Modulation(
+                linear=block.self_attn.qkv,
+                shift1=shift1, scale1=scale1, gate1=gate1,
+                shift2=shift2, scale2=scale2, gate2=gate2,
+            )
+        )  # fmt: skip
+    shift, scale = (head.modulation + e_BGD[:, :, None]).unbind(-2)
+    made.append(_Modulation(linear=head.head, shift1=shift, scale1=scale + 1))
     return made
+
+
+def _change(linear: nn.Module, y: Rows, gate_BGD: Tensor | None) -> Change:
+    """linear(y) as a change of the residual stream, which may add the bias itself."""
+    if FOLD_BIASES and not isinstance(linear, Fp8Linear):
+        return Change(y=F.linear(y, linear.weight), bias=linear.bias, gate=gate_BGD)
+    return Change(y=linear(y), gate=gate_BGD)
 
 
 def _self_attention(
@@ -106,7 +134,7 @@ def _self_attention(
     qkv = layer.qkv(y)
     norm_rope(qkv, (layer.norm_q.weight, layer.norm_k.weight), rope, layout, eps=layer.norm_q.eps)
     qkv_BN3HD = qkv.view(-1, layout.num_tokens, 3, layer.num_heads, rope[0].shape[1] * 2)
-    return layer.o(_rows(sp.attention(*qkv_BN3HD.unbind(2), num_tokens)))
+    return _rows(sp.attention(*qkv_BN3HD.unbind(2), num_tokens))
 
 
 def _cross_attention(
@@ -116,7 +144,7 @@ def _cross_attention(
     q = layer.q(y)
     norm_rope(q, (layer.norm_q.weight,), None, layout, eps=layer.norm_q.eps)
     q_BNHD = q.view(-1, layout.num_tokens, layer.num_heads, k.shape[-1])
-    return layer.o(_rows(sp.cross_attention(q_BNHD, k, v)))
+    return _rows(sp.cross_attention(q_BNHD, k, v))
 
 
 def _rows(x_BNHD: Tensor) -> Tensor:

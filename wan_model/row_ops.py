@@ -1,4 +1,4 @@
-"""What happens to each token's or pixel's row between the products: norms, rotation, GELU, fp8.
+"""What happens to each token's row between the products: norms, rotation, GELU, fp8.
 
 Owns the definition of every such operation, in PyTorch, and the choice of its Triton kernel on a
 CUDA device. The arithmetic is float32 and rounds once, where it is stored. Knows nothing about
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,34 +55,55 @@ class RowLayout:
         return torch.cat(parts, dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What is added to the residual stream: gate * (y + bias); y [R, D], bias [D], gate [B, G, D].
+
+    No bias is 0, no gate is 1.
+    """
+
+    y: Tensor
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+
+
 def add_norm(
     x: Tensor,
-    y: Tensor | None,
-    gate_BGD: Tensor | None,
+    changes: Sequence[Change],
     scale_BGD: Tensor,
     shift_BGD: Tensor,
     layout: RowLayout,
     *,
     eps: float,
     out_dtype: torch.dtype,
+    store: bool = True,
 ) -> Rows:
-    """x += gate * y (changed in place), then layer_norm(x) * scale + shift in `out_dtype`.
+    """layer_norm(x + changes) * scale + shift in `out_dtype`, after at most two changes.
 
-    x [R, D] float32, the residual stream; y [R, D] or None; no gate means 1. `scale` is the whole
-    factor, so a modulated norm passes 1 + its own.
+    x [R, D] float32, the residual stream: it keeps the sum, unless not to `store` saves that pass
+    because the next call is given these changes again. `scale` is the whole factor, so a modulated
+    norm passes 1 + its own.
     """
     if _uses_kernels(x):
         from wan_model import kernels
 
         out, out_scale = _output(x, out_dtype)
-        rows = {"num_tokens": layout.num_tokens, "num_clean": layout.num_clean, "eps": eps}
-        kernels.add_norm(x, y, gate_BGD, scale_BGD, shift_BGD, out, out_scale, **rows)
+        kernels.add_norm(
+            x, [(c.y, c.bias, c.gate) for c in changes], scale_BGD, shift_BGD, out, out_scale,
+            num_tokens=layout.num_tokens, num_clean=layout.num_clean, eps=eps, store=store,
+        )  # fmt: skip
         return out if out_scale is None else Quantised(values=out, scale=out_scale)
-    x_BND = x.view(-1, layout.num_tokens, x.shape[1])
-    if y is not None:
-        change = y.view(x_BND.shape).float()
-        x_BND += change if gate_BGD is None else layout.spread(gate_BGD) * change
-    normed = F.layer_norm(x_BND, x_BND.shape[-1:], eps=eps)
+    sum_BND = x.view(-1, layout.num_tokens, x.shape[1])
+    for change in changes:
+        y_BND = change.y.view(sum_BND.shape).float()
+        if change.bias is not None:
+            y_BND = y_BND + change.bias.float()
+        sum_BND = sum_BND + (
+            y_BND if change.gate is None else layout.spread(change.gate) * y_BND
+        )
+    if store:
+        x.copy_(sum_BND.view(x.shape))
+    normed = F.layer_norm(sum_BND, sum_BND.shape[-1:], eps=eps)
     out = (normed * layout.spread(scale_BGD) + layout.spread(shift_BGD)).view(x.shape)
     return quantise_rows(out) if out_dtype == FP8 else out.to(out_dtype)
 
@@ -140,17 +162,6 @@ def quantise_rows(x: Tensor, *, after_gelu: bool = False) -> Quantised:
     wide = F.gelu(x.float(), approximate="tanh") if after_gelu else x.float()
     scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / FP8_MAX
     return Quantised(values=(wide / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale=scale)
-
-
-def norm_silu(x_PC: Tensor, gamma: Tensor, out_PC: Tensor) -> None:
-    """silu(x / ||x|| * sqrt(C) * gamma) of pixels [P, C] into `out`; the VAE's norm."""
-    if _uses_kernels(x_PC):
-        from wan_model import kernels
-
-        kernels.norm_silu(x_PC, gamma, out_PC)
-        return
-    unit = F.normalize(x_PC.float(), dim=1)
-    out_PC.copy_(F.silu(unit * (gamma.float() * x_PC.shape[1] ** 0.5)))
 
 
 def kernels_fit(dim: int, ffn_dim: int, head_dim: int) -> bool:

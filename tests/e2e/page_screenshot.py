@@ -46,7 +46,7 @@ def main() -> None:
     with httpx.Client(base_url=args.url, timeout=30) as client:
         for video_id in [submit(client, prompt) for prompt in PROMPTS[:-1]]:
             wait_until(client, video_id, "completed")
-        running = submit(client, PROMPTS[-1], num_inference_steps=150, preview=True)
+        running = submit(client, PROMPTS[-1], num_inference_steps=100, preview=True)
         wait_until(client, running, "in_progress")
         with chromium() as browser:
             page = browser.new_page(viewport=VIEWPORT)

@@ -1,5 +1,6 @@
 """Where a request's image may come from, and what counts as one."""
 
+import asyncio
 import base64
 import zlib
 
@@ -108,6 +109,17 @@ def test_a_data_uri_of_too_many_bytes_is_refused(num_bytes):
 async def test_a_host_that_is_not_listed_is_not_asked(url, allowed_hosts):
     with pytest.raises(ValueError):
         await fetch_image(url, allowed_hosts=allowed_hosts, max_bytes=1000)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("address", ["10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "fe80::1"])
+async def test_a_name_that_leads_to_a_private_address_is_not_asked(monkeypatch, address):
+    async def resolved(*_):
+        return [(None, None, None, "", (address, 443))]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolved)
+    with pytest.raises(ValueError, match="images are not fetched from example.com"):
+        await fetch_image("http://example.com/x", allowed_hosts=("example.com",), max_bytes=1000)
 
 
 async def pictures(request):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from cluster.deadline import FLOOR_S
 from cluster.spec import GroupSpec
 from serve_app.jobs import JobStore, NewJob
-from serve_app.stages import Expert, JobTicket, StageReport, StageResult, StageStores
+from serve_app.stages import (
+    Expert,
+    JobCancelled,
+    JobTicket,
+    StageReport,
+    StageResult,
+    StageStores,
+)
 from wan_model.config import WAN_TINY
 from wan_model.params import VideoParams
 
@@ -25,6 +33,7 @@ class RecordingGroup:
         self.ready = asyncio.Event()
         self.dead = None
         self.step_index = 0
+        self.on_step: Callable[[int], Awaitable[None]] | None = None
 
     async def start(self, spec, on_death):
         return self
@@ -35,6 +44,8 @@ class RecordingGroup:
             await self.ready.wait()
         if method == "step":
             self.step_index += 1
+            if self.on_step is not None:
+                await self.on_step(self.step_index)
             return {"step_index": self.step_index, "seconds": 0.1}
         return {"latents": np.zeros(1, np.float32)}
 
@@ -73,6 +84,25 @@ async def test_steps_have_the_configured_time_until_steps_of_their_kind_were_mea
         await run_steps(expert, small, 1)
     deadlines = [timeout_s for method, timeout_s in group.calls if method == "step"]
     assert deadlines == [500, 500, FLOOR_S, 500, FLOOR_S]
+    await expert.__del__()
+
+
+@pytest.mark.parametrize("cancelled_in_step", [1, 4])
+async def test_a_cancelled_job_frees_the_group_within_one_step(tmp_path, cancelled_in_step):
+    group = RecordingGroup()
+    group.ready.set()
+    expert = await open_expert(tmp_path, group)
+    async with RunningJob(tmp_path, width=128) as job:
+
+        async def cancel(step_index: int) -> None:
+            if step_index == cancelled_in_step:
+                assert await expert.store.request_cancel(job.id)
+
+        group.on_step = cancel
+        with pytest.raises(JobCancelled):
+            await run_steps(expert, job, 20)
+    assert group.step_index <= cancelled_in_step + 1
+    assert group.calls[-1][0] == "close"
     await expert.__del__()
 
 
