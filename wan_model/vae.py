@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wan_model import fused_vae
 from wan_model.config import VAEConfig
-from wan_model.row_ops import norm_silu
+from wan_model.pixel_ops import norm_silu
 from wan_model.rows import Rows
 
 # -------------------------------------------------------------------------------------- time
@@ -53,16 +54,18 @@ class FeatureCache:
         self._remember(layer, x_BCTHW, num_past)
         return x_BCTHW
 
-    def extend_normed(self, norm: RMSNorm, layer: nn.Module, x_BCTHW: Tensor) -> Tensor:
-        """`extend(layer, silu(norm(x)), 2)` in one pass over memory, channels together."""
+    def extend_normed(
+        self, layer: nn.Module, x_BCTHW: Tensor, norm: RMSNorm, bias: Tensor | None = None
+    ) -> Tensor:
+        """`extend(layer, silu(norm(x + bias)), 2)` in one pass over memory, channels together."""
         b, c, t, h, w = x_BCTHW.shape
         made_BTHWC = x_BCTHW.new_empty(b, t + 2, h, w, c)
         past = self._frames.pop(layer, None)
         made_BTHWC[:, :2] = 0 if past is None else past.permute(0, 2, 3, 4, 1)
-        x_BTHWC = x_BCTHW.permute(0, 2, 3, 4, 1).contiguous()
+        x_BTHWC, gamma = fused_vae.together(x_BCTHW), norm.gamma.view(c)
         for x_THWC, made_THWC in zip(x_BTHWC, made_BTHWC, strict=True):
-            norm_silu(x_THWC.view(-1, c), norm.gamma.view(c), made_THWC[2:].view(-1, c))
-        made_BCTHW = made_BTHWC.permute(0, 4, 1, 2, 3)
+            norm_silu(x_THWC.view(-1, c), bias, gamma, made_THWC[2:].view(-1, c))
+        made_BCTHW = fused_vae.apart(made_BTHWC)
         self._remember(layer, made_BCTHW, 2)
         return made_BCTHW
 
@@ -112,12 +115,15 @@ class CausalConv3d(LooksBack, nn.Conv3d):
     def forward(self, x_BCTHW: Tensor, cache: FeatureCache) -> Tensor:
         return self.convolve(cache.extend(self, x_BCTHW, 2), cache.rows)
 
-    def convolve(self, extended_BCTHW: Tensor, rows: Rows | None) -> Tensor:
-        if rows is None or self.padding[1] == 0:
-            return super().forward(extended_BCTHW)
-        padding = (0, 0, self.padding[2])
-        extended_BCTHW = rows.with_neighbours(extended_BCTHW)
-        return functional.conv3d(extended_BCTHW, self.weight, self.bias, padding=padding)
+    def convolve(
+        self, extended_BCTHW: Tensor, rows: Rows | None, *, with_bias: bool = True
+    ) -> Tensor:
+        padding = self.padding
+        if rows is not None and padding[1]:
+            padding = (0, 0, padding[2])
+            extended_BCTHW = rows.with_neighbours(extended_BCTHW)
+        bias = self.bias if with_bias else None
+        return functional.conv3d(extended_BCTHW, self.weight, bias, padding=padding)
 
 
 class CausalSequential(LooksBack, nn.Sequential):
@@ -156,12 +162,9 @@ class ResidualBlock(LooksBack, nn.Module):
         self.shortcut = nn.Identity() if in_dim == out_dim else nn.Conv3d(in_dim, out_dim, 1)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        if not cache.channels_together:
-            return self.shortcut(x) + self.residual(x, cache)
-        norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        h = conv1.convolve(cache.extend_normed(norm1, conv1, x), cache.rows)
-        h = conv2.convolve(cache.extend_normed(norm2, conv2, h), cache.rows)
-        return h.add_(self.shortcut(x))
+        if cache.channels_together:
+            return fused_vae.residual_block(self, x, cache)
+        return self.shortcut(x) + self.residual(x, cache)
 
 
 class AttentionBlock(LooksBack, nn.Module):
@@ -219,6 +222,8 @@ class Upsample(LooksBack, nn.Module):
         self.time_conv = CausalConv3d(in_dim, in_dim * 2, k=1) if in_time else None
 
     def forward(self, x_BCTHW: Tensor, cache: FeatureCache) -> Tensor:
+        if cache.channels_together:
+            return fused_vae.upsample(self, x_BCTHW, cache)
         if self.time_conv is not None:
             # The first frame is not even history: the second one looks back at zeros.
             num_kept = 1 if cache.is_first else 0
@@ -237,10 +242,7 @@ class Upsample(LooksBack, nn.Module):
     def _double(self, x_BCTHW: Tensor, cache: FeatureCache) -> Tensor:
         """The convolution's first C channels are the even frames, the other C the odd ones."""
         even, odd = self.time_conv(x_BCTHW, cache).chunk(2, dim=1)
-        if not cache.channels_together:
-            return torch.stack((even, odd), dim=3).flatten(2, 3)
-        pair_BT2HWC = torch.stack([x.permute(0, 2, 3, 4, 1) for x in (even, odd)], dim=2)
-        return pair_BT2HWC.flatten(1, 2).permute(0, 4, 1, 2, 3)
+        return torch.stack((even, odd), dim=3).flatten(2, 3)
 
 
 # ----------------------------------------------------------- what only version 2.2 has
@@ -270,23 +272,15 @@ def average_down(x_BCTHW: Tensor, *, out_dim: int, in_time: bool, in_space: bool
     return x.unflatten(1, (out_dim, -1)).mean(dim=2)
 
 
-def duplicate_up(
-    x_BCTHW: Tensor, *, out_dim: int, in_time: bool, is_first: bool, channels_together: bool = False
-) -> Tensor:
+def duplicate_up(x_BCTHW: Tensor, *, out_dim: int, in_time: bool, is_first: bool) -> Tensor:
     """Repeat channels, then unfold them into doubled axes, offsets in (t, h, w) order.
 
     The first chunk drops the extra frame that doubling gives the video's first one.
     """
     ft = 1 + in_time
-    num_repeats = out_dim * ft * 4 // x_BCTHW.shape[1]
-    if channels_together:
-        x = x_BCTHW.permute(0, 2, 3, 4, 1).repeat_interleave(num_repeats, dim=4)
-        x = x.unflatten(4, (out_dim, ft, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
-    else:
-        x = x_BCTHW.repeat_interleave(num_repeats, dim=1)
-        x = x.unflatten(1, (out_dim, ft, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    x = x_BCTHW.repeat_interleave(out_dim * ft * 4 // x_BCTHW.shape[1], dim=1)
+    x = x.unflatten(1, (out_dim, ft, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
     return x[:, :, ft - 1 :] if is_first else x
 
 
@@ -317,11 +311,15 @@ class UpStage(LooksBack, nn.Module):
         )
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        out = self.upsamples(x, cache)
         if self._shortcut is None:
-            return out
-        how = {"is_first": cache.is_first, "channels_together": cache.channels_together}
-        return out + self._shortcut(x, **how)
+            return self.upsamples(x, cache)
+        if cache.channels_together:
+            *layers, last = self.upsamples
+            h = x
+            for layer in layers:
+                h = layer(h, cache)
+            return fused_vae.upsample(last, h, cache, stage_input=x)
+        return self.upsamples(x, cache) + self._shortcut(x, is_first=cache.is_first)
 
 
 # ---------------------------------------------------------------------------------- networks
@@ -337,8 +335,7 @@ class NormedConv(CausalSequential):
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if not cache.channels_together:
             return super().forward(x, cache)
-        norm, _, conv = self
-        return conv.convolve(cache.extend_normed(norm, conv, x), cache.rows)
+        return fused_vae.normed_conv(self, x, cache)
 
 
 def _head(dim: int, out_dim: int) -> NormedConv:
@@ -434,8 +431,15 @@ class WanVAE(nn.Module):
         self.channels_together = False
 
     def hold_channels_together(self) -> WanVAE:
-        """Lay the weights out, and so all that is computed, as [T, H, W, C]: quick on a GPU."""
+        """Lay the weights out, and so all that is computed, as [T, H, W, C]: quick on a GPU.
+
+        For weights that no longer change. Training still takes the layers' own forward.
+        """
         for module in self.modules():
+            if isinstance(module, Upsample):
+                weights = fused_vae.phase_weights(module.resample[1].weight.detach())
+                weights = weights.contiguous(memory_format=torch.channels_last)
+                module.register_buffer("phase_weights", weights, persistent=False)
             if isinstance(module, nn.Conv3d):
                 module.to(memory_format=torch.channels_last_3d)
             elif isinstance(module, nn.Conv2d):

@@ -77,6 +77,9 @@ def run_rank(rank: int, world_size: int, port: int, cases, results) -> None:
     dist.destroy_process_group()
 
 
+torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["wan_model.engine"])
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_division_of_the_work_gives_single_process_latents(tiny, world_size):
     tasks = ("t2v-A14B", "i2v-A14B", "ti2v-5B")
@@ -89,8 +92,11 @@ def test_every_division_of_the_work_gives_single_process_latents(tiny, world_siz
         port = probe.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(
-            run_rank, args=(world_size, port, cases, results), nprocs=world_size
+        torch.multiprocessing.start_processes(
+            run_rank,
+            args=(world_size, port, cases, results),
+            nprocs=world_size,
+            start_method="forkserver",  # torch is imported once, not by every rank
         )
         got = dict(results)
     alone = {

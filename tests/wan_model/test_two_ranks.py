@@ -59,7 +59,7 @@ def run_rank(rank: int, port: int, folders: dict[str, str], results) -> None:
 
 
 def decoded(folder: str, **options) -> np.ndarray:
-    """9 frames, 7 rows of latents, which do not divide; in one chunk and frame by frame."""
+    """9 frames of 7 rows of latents: in one chunk, frame by frame, and laid out as on a GPU."""
     engine = VAEEngine(checkpoint=folder, device="cpu", **options)
     z, t, h, w = engine.config.latent_shape(
         width=3 * engine.config.size_multiple, height=4 * engine.config.size_multiple, num_frames=9
@@ -68,6 +68,8 @@ def decoded(folder: str, **options) -> np.ndarray:
     frames = [engine.decode_frames({"latents": latents})]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "ALL_AT_ONCE_PIXELS", 0)
+        frames.append(engine.decode_frames({"latents": latents}))
+        engine.vae.hold_channels_together()
         frames.append(engine.decode_frames({"latents": latents}))
     return np.stack(frames).astype(np.int16)
 
