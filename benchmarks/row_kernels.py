@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import Record, machine, median_s
 from wan_model import kernels, row_ops
-from wan_model.row_ops import FP8, Quantised, RowLayout
+from wan_model.row_ops import FP8, Change, Quantised, RowLayout
 
 
 class Bench:
@@ -36,7 +36,8 @@ class Bench:
     def note(self, name: str, run: Callable[[], object], num_bytes: float, error: float | None):
         seconds = median_s(run, self.device, repeats=20 if self.rows > 100 else 1)
         row = {"kernel": name, "ms": seconds * 1e3, "tb_per_s": num_bytes / seconds / 1e12}
-        row |= {"chunk": kernels.ADD_NORM_CHUNK, "warps": kernels.NUM_WARPS, "error": error}
+        row |= {"chunk": kernels.MAX_CHUNK, "error": error}
+        row |= {"norm_warps": kernels.NORM_WARPS, "quantise_warps": kernels.QUANTISE_WARPS}
         self.record.content["rows"].append(row)
         print(row, flush=True)
 
@@ -51,7 +52,9 @@ class Bench:
         layout = RowLayout(num_tokens=rows, num_clean=rows // 3)
 
         def run(x: Tensor = x):
-            return row_ops.add_norm(x, y, gate, scale, shift, layout, eps=1e-6, out_dtype=out_dtype)
+            change = Change(y=y, gate=gate)
+            how = {"eps": 1e-6, "out_dtype": out_dtype}
+            return row_ops.add_norm(x, (change,), scale, shift, layout, **how)
 
         error = compare(lambda: run(x.clone()))
         num_bytes = 2 * x.nbytes + y.nbytes + x.numel() * out_dtype.itemsize
@@ -97,7 +100,7 @@ class Bench:
     def run(self) -> None:
         self.record.case("copy", self.copy, limit_s=20)
         for chunk, warps in ((512, 4), (1024, 4), (1024, 8), (512, 8), (512, 2)):
-            kernels.ADD_NORM_CHUNK, kernels.NUM_WARPS = chunk, warps
+            kernels.NORM_WARPS = kernels.QUANTISE_WARPS = warps
             kernels.MAX_CHUNK = chunk
             for dtype in (torch.bfloat16, FP8):
                 run = partial(self.add_norm, dtype)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
@@ -27,7 +28,7 @@ from benchmarks.gpu_timing import (
     start_counting_memory,
     time_s,
 )
-from wan_model import fp8
+from wan_model import fp8, fused_blocks
 from wan_model.attention import attention, resolve_backend
 from wan_model.config import T2V_A14B, TI2V_5B, TransformerConfig, WanConfig
 from wan_model.params import VideoParams
@@ -43,18 +44,28 @@ ORDER = (
     ("480p", "bf16", "ours"),
     ("480p", "fp8", "ours"),
     ("480p", "bf16", "diffusers-compiled"),
-    ("480p", "bf16", "diffusers-eager"),
     ("720p", "bf16", "ours"),
     ("720p", "fp8", "ours"),
-    ("720p", "bf16", "diffusers-compiled"),
     ("ti2v-704p", "bf16", "ours"),
     ("ti2v-704p", "fp8", "ours"),
     ("ti2v-704p", "bf16", "diffusers-compiled"),
-    ("ti2v-704p", "bf16", "diffusers-eager"),
+    ("480p", "bf16", "ours-other-biases"),
+    ("720p", "bf16", "diffusers-compiled"),
+    ("480p", "bf16", "diffusers-eager"),
     ("480p", "bf16", "ours-cudnn"),
     ("480p", "bf16", "ours-plain"),
+    ("ti2v-704p", "bf16", "diffusers-eager"),
     ("720p", "bf16", "diffusers-eager"),
 )
+ERRORS = {  # which of the measured errors a row has
+    ("bf16", "ours"): "ours bf16 auto",
+    ("bf16", "ours-other-biases"): "ours bf16 auto",
+    ("fp8", "ours"): "ours fp8 fast_accum=True",
+    ("bf16", "ours-cudnn"): "ours bf16 cudnn",
+    ("bf16", "ours-plain"): "ours-plain bf16",
+    ("bf16", "diffusers-eager"): "diffusers-eager bf16",
+    ("bf16", "diffusers-compiled"): "diffusers-eager bf16",  # the same operations, fused
+}
 
 
 def forward_flop(config: TransformerConfig, num_tokens: int) -> float:
@@ -71,12 +82,20 @@ class Bench:
         self.device, self.tiny, self.repeats = args.device, args.tiny, args.repeats
         self.record = Record(
             args.output,
-            {**machine(args.device), "ceilings": {}, "errors": {}, "rows": [], "profile": []},
+            {
+                **machine(args.device),
+                "ceilings": {},
+                "products": [],
+                "errors": {},
+                "rows": [],
+                "profile": [],
+            },
             budget_s=args.budget_s,
         )
         self.outputs: dict[str, Tensor] = {}
         self.on_gpu = args.device.startswith("cuda")
         self.dtype = torch.bfloat16
+        self.profiled = args.profile
 
     def config(self, case: str) -> TransformerConfig:
         config = CASES[case][0].transformer
@@ -129,6 +148,44 @@ class Bench:
                 lambda b=backend: attention(q, text, text, b),
             )  # fmt: skip
         self.record.content["ceilings"][case] = found
+
+    def measure_products(self, case: str) -> None:
+        """The same products of a block in other forms: where a bias is added, how weights lie,
+        how many rows at a time. The forms of the linears before a residual add decide where
+        `run_blocks` adds their bias."""
+        c, s = self.config(case), self.forward_of(case).num_tokens
+        found: dict[tuple[str, str], float] = {}
+        for name, d_in, d_out in (("o", c.dim, c.dim), ("ffn2", c.ffn_dim, c.dim)):
+            x = torch.randn(s, d_in, device=self.device, dtype=self.dtype)
+            linear = torch.nn.Linear(d_in, d_out, device=self.device, dtype=self.dtype)
+            weight, bias = linear.weight.detach(), linear.bias.detach()
+            across = weight.t().contiguous()
+            out = x.new_empty(s, d_out)
+            forms = {
+                "bias in the product": lambda: F.linear(x, weight, bias),
+                "no bias": lambda: F.linear(x, weight),
+                "weight across": lambda: torch.addmm(bias, x, across),
+                "weight across, no bias": lambda: x @ across,
+            }
+            for parts in (2, 4):
+                forms[f"rows in {parts} parts"] = lambda n=parts: [
+                    torch.addmm(bias, rows, weight.t(), out=made)
+                    for rows, made in zip(x.chunk(n), out.chunk(n), strict=True)
+                ]
+            for form, run in forms.items():
+                seconds = median_s(run, self.device, repeats=5, warm_ups=2)
+                found[name, form] = seconds
+                row = {"case": case, "linear": name, "form": form, "seconds": seconds}
+                row["tflop_per_s"] = 2 * s * d_in * d_out / seconds / 1e12
+                self.record.content["products"].append(row)
+                print(row, flush=True)
+        if case == "480p":
+            folded, joined = (
+                2 * found["o", form] + found["ffn2", form]
+                for form in ("no bias", "bias in the product")
+            )
+            fused_blocks.FOLD_BIASES = folded <= joined
+            self.record.content["fold_biases"] = fused_blocks.FOLD_BIASES
 
     def _ceiling(self, found: dict, name: str, flop: float, run) -> None:
         try:
@@ -194,9 +251,12 @@ class Bench:
         torch.compiler.reset()
         model = random_expert(config, self.dtype, self.device)
         run, backend = self._prepare(model, forward, precision, impl)
-        repeats = self.repeats if case != "720p" else max(1, self.repeats - 1)
+        chosen = fused_blocks.FOLD_BIASES
+        fused_blocks.FOLD_BIASES = chosen if impl != "ours-other-biases" else not chosen
+        repeats = self.repeats if case != "720p" else max(1, self.repeats - 2)
         kept: dict[str, Tensor] = {}
         seconds = time_s(lambda: kept.update(output=run()), self.device, repeats=repeats)
+        fused_blocks.FOLD_BIASES = chosen
         output = kept["output"].float().cpu()
         flop = forward_flop(config, forward.num_tokens)
         best = statistics.median(seconds)
@@ -214,6 +274,7 @@ class Bench:
             "floor_s": floor,
             "share_of_floor": floor / best if floor else None,
             "peak_bytes": peak_bytes(self.device),
+            "error": self.record.content["errors"].get(ERRORS[precision, impl]),
             "difference_to_first": (
                 (output - first).square().mean().sqrt() / first.square().mean().sqrt()
             ).item(),
@@ -276,6 +337,7 @@ class Bench:
         """Everything, most important first."""
         record = self.record
         record.case("ceilings 480p", lambda: self.measure_ceilings("480p"), limit_s=90)
+        record.case("products 480p", lambda: self.measure_products("480p"), limit_s=20)
         record.case("errors", self.measure_errors, limit_s=60)
         for case, precision, impl in ORDER:
             if case not in wanted_cases:
@@ -285,7 +347,7 @@ class Bench:
                 record.case(f"ceilings {case}", run, limit_s=30)
             run = partial(self.measure, case, precision, impl)
             record.case(f"{case} {precision} {impl}", run, limit_s=120)
-            if (case, impl) == ("480p", "ours"):
+            if (case, impl) == ("480p", "ours") and precision in self.profiled:
                 run = partial(self.profile, case, precision)
                 record.case(f"profile {case} {precision}", run, limit_s=30)
 
@@ -307,6 +369,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny widths: a dry run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", nargs="*", choices=("bf16", "fp8"), default=("bf16", "fp8"))
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

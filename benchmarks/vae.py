@@ -45,11 +45,27 @@ CONVOLUTIONS = {  # channels in and out, frames, height, width: where the time g
 }
 
 
+ORDER = (  # most important first
+    ("2.2 1280x704x121", "ours", torch.bfloat16, True, 1),
+    ("2.1 1280x720x81", "ours", torch.bfloat16, True, 1),
+    ("2.2 1280x704x121", "diffusers", torch.bfloat16, False, 1),
+    ("2.2 1280x704x121", "ours", torch.bfloat16, True, 2),
+    ("2.1 1280x720x81", "ours", torch.float32, True, 1),
+    ("2.1 1280x720x81", "diffusers", torch.bfloat16, False, 1),
+    ("2.2 1280x704x121", "ours", torch.float32, True, 1),
+    ("2.1 1280x720x81", "ours", torch.bfloat16, False, 1),
+)
+PARTS = ("decode", "errors", "profile", "convolutions")
+
+
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.tiny, self.repeats = args.device, args.tiny, args.repeats
         self.on_gpu = args.device.startswith("cuda")
-        content = {**machine(args.device), "convolutions": [], "rows": [], "profile": []}
+        self.parts = args.parts
+        content = {
+            **machine(args.device), "rows": [], "errors": [], "profile": [], "convolutions": [],
+        }  # fmt: skip
         self.record = Record(args.output, content, budget_s=args.budget_s)
         self.outputs: dict[str, Tensor] = {}
 
@@ -107,9 +123,8 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(1)
         return torch.randn(1, *shape, device=self.device, generator=generator)
 
-    def ours(self, case: str, *, together: bool, chunk: int, benchmark: bool, dtype: torch.dtype):
+    def ours(self, case: str, *, together: bool, chunk: int, dtype: torch.dtype) -> None:
         start_counting_memory(self.device)
-        torch.backends.cudnn.benchmark = benchmark
         vae, latents = self.network(CASES[case][0], dtype), self.latents(case)
         if together:
             vae.hold_channels_together()
@@ -119,13 +134,10 @@ class Bench:
             pieces = vae.decode_chunks(latents, chunk=chunk)
             return [piece.mul(127.5).add(127.5).to(torch.uint8) for piece in pieces]
 
-        self.note(
-            case, "ours", decode, dtype=dtype, together=together, chunk=chunk, benchmark=benchmark
-        )
+        self.note(case, "ours", decode, dtype=dtype, together=together, chunk=chunk)
 
     def theirs(self, case: str) -> None:
         start_counting_memory(self.device)
-        torch.backends.cudnn.benchmark = False
         config = CASES[case][0]
         vae, latents = self.network(config, torch.bfloat16), self.latents(case)
         with torch.device("meta"):
@@ -141,13 +153,42 @@ class Bench:
     def note(
         self, case: str, impl: str, decode, dtype: torch.dtype = torch.bfloat16, **how
     ) -> None:
-        seconds = time_s(decode, self.device, repeats=self.repeats)
-        first = decode()[-1].float()[:, :, -1].cpu()
+        kept: dict[str, list[Tensor]] = {}
+        run = lambda: kept.update(pieces=decode())  # noqa: E731
+        seconds = time_s(run, self.device, repeats=self.repeats)
+        first = kept["pieces"][-1].float()[:, :, -1].cpu()
         row = {"case": case, "impl": impl, "dtype": str(dtype).removeprefix("torch."), **how}
         row |= {"seconds": sorted(seconds)[len(seconds) // 2], "all_seconds": seconds}
         row |= {"peak_bytes": peak_bytes(self.device), "mean_of_last_frame": first.mean().item()}
         self.record.content["rows"].append(row)
         print(row, flush=True)
+
+    def errors(self, case: str) -> None:
+        """Differences from float32 of 17 frames a quarter as large, in [-1, 1]: rms and largest."""
+        version = CASES[case][0].vae.version
+        z, t, h, w = self.latents(case).shape[1:]
+        shape = (1, z, min(t, 5), max(2, h // 2), max(2, w // 2))
+        generator = torch.Generator(self.device).manual_seed(2)
+        latents = torch.randn(shape, device=self.device, generator=generator)
+        config = CASES[case][0]
+        allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        exact = self.network(config, torch.float32).decode(latents)
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+        for dtype in (torch.float32, torch.bfloat16):
+            for together in (False, True):
+                vae = self.network(config, torch.float32).to(dtype)
+                if together:
+                    vae.hold_channels_together()
+                difference = vae.decode(latents) - exact
+                row = {"version": version, "dtype": str(dtype).removeprefix("torch.")}
+                row |= {"together": together, "std_of_frames": exact.std().item()}
+                row |= {
+                    "rms": difference.square().mean().sqrt().item(),
+                    "largest": difference.abs().max().item(),
+                }
+                self.record.content["errors"].append(row)
+                print(row, flush=True)
 
     def profile(self, case: str, chunk: int) -> None:
         vae = self.network(CASES[case][0], torch.bfloat16).hold_channels_together()
@@ -167,27 +208,31 @@ class Bench:
     @torch.inference_mode()
     def run(self) -> None:
         record = self.record
+        if "decode" in self.parts:
+            for case, impl, dtype, together, chunk in ORDER:
+                if impl == "diffusers":
+                    record.case(f"{case} diffusers", partial(self.theirs, case), limit_s=60)
+                    continue
+                how = {"together": together, "chunk": chunk, "dtype": dtype}
+                record.case(f"{case} ours {how}", partial(self.ours, case, **how), limit_s=60)
         for case in CASES:
-            for chunk, together, benchmark in (
-                (1, True, True), (1, True, False), (2, True, True), (1, False, False),
-            ):  # fmt: skip
-                how = {"together": together, "chunk": chunk, "benchmark": benchmark}
-                run = partial(self.ours, case, **how, dtype=torch.bfloat16)
-                record.case(f"{case} ours {how}", run, limit_s=60)
-            record.case(f"{case} diffusers", partial(self.theirs, case), limit_s=60)
-            torch.backends.cudnn.benchmark = True
-            record.case(f"{case} profile", partial(self.profile, case, 1), limit_s=30)
-        for name in CONVOLUTIONS:
-            for form in ("channels last", "2d, time in the channels", "channels first"):
-                run = partial(self.convolution, name, form, True)
-                record.case(f"convolution {name} {form}", run, limit_s=30)
+            if "errors" in self.parts:
+                record.case(f"{case} errors", partial(self.errors, case), limit_s=30)
+            if "profile" in self.parts:
+                record.case(f"{case} profile", partial(self.profile, case, 1), limit_s=30)
+        if "convolutions" in self.parts:
+            for name in CONVOLUTIONS:
+                for form in ("channels last", "2d, time in the channels", "channels first"):
+                    run = partial(self.convolution, name, form, True)
+                    record.case(f"convolution {name} {form}", run, limit_s=30)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vae", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     Bench(parser.parse_args()).run()

@@ -98,9 +98,7 @@ def add_norm(
         y_BND = change.y.view(sum_BND.shape).float()
         if change.bias is not None:
             y_BND = y_BND + change.bias.float()
-        sum_BND = sum_BND + (
-            y_BND if change.gate is None else layout.spread(change.gate) * y_BND
-        )
+        sum_BND = sum_BND + (y_BND if change.gate is None else layout.spread(change.gate) * y_BND)
     if store:
         x.copy_(sum_BND.view(x.shape))
     normed = F.layer_norm(sum_BND, sum_BND.shape[-1:], eps=eps)

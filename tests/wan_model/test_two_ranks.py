@@ -91,7 +91,9 @@ def seen(tiny):
     folders = {task: str(tiny(task)) for task in VAE_TASKS}
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(run_rank, args=(port, folders, results), nprocs=2)
+        torch.multiprocessing.start_processes(
+            run_rank, args=(port, folders, results), nprocs=2, start_method="forkserver"
+        )
         alone = {("frames alone", task): decoded(folder) for task, folder in folders.items()}
         return dict(results) | alone | {"alone": latents_of(folders["t2v-A14B"])}
 
