@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +76,24 @@ def forward_flop(config: TransformerConfig, num_tokens: int) -> float:
     block += 4 * s * text * d + 4 * s * d * c.ffn_dim
     outside = 8 * s * d * (c.in_channels + c.out_channels) + 2 * text * (c.text_dim * d + d**2)
     return c.num_layers * block + outside
+
+
+def product_forms(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], object]]:
+    across = weight.t().contiguous()
+    out = x.new_empty(x.shape[0], weight.shape[0])
+
+    def in_parts(parts: int) -> None:
+        for rows, made in zip(x.chunk(parts), out.chunk(parts), strict=True):
+            torch.addmm(bias, rows, weight.t(), out=made)
+
+    return {
+        "bias in the product": lambda: F.linear(x, weight, bias),
+        "no bias": lambda: F.linear(x, weight),
+        "weight across": lambda: torch.addmm(bias, x, across),
+        "weight across, no bias": lambda: x @ across,
+        "rows in 2 parts": lambda: in_parts(2),
+        "rows in 4 parts": lambda: in_parts(4),
+    }
 
 
 class Bench:
@@ -158,20 +177,7 @@ class Bench:
         for name, d_in, d_out in (("o", c.dim, c.dim), ("ffn2", c.ffn_dim, c.dim)):
             x = torch.randn(s, d_in, device=self.device, dtype=self.dtype)
             linear = torch.nn.Linear(d_in, d_out, device=self.device, dtype=self.dtype)
-            weight, bias = linear.weight.detach(), linear.bias.detach()
-            across = weight.t().contiguous()
-            out = x.new_empty(s, d_out)
-            forms = {
-                "bias in the product": lambda: F.linear(x, weight, bias),
-                "no bias": lambda: F.linear(x, weight),
-                "weight across": lambda: torch.addmm(bias, x, across),
-                "weight across, no bias": lambda: x @ across,
-            }
-            for parts in (2, 4):
-                forms[f"rows in {parts} parts"] = lambda n=parts: [
-                    torch.addmm(bias, rows, weight.t(), out=made)
-                    for rows, made in zip(x.chunk(n), out.chunk(n), strict=True)
-                ]
+            forms = product_forms(x, linear.weight.detach(), linear.bias.detach())
             for form, run in forms.items():
                 seconds = median_s(run, self.device, repeats=5, warm_ups=2)
                 found[name, form] = seconds

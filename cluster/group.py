@@ -5,6 +5,7 @@ ranks is the subclasses' matter: InProcessGroup here, RayGroup in ray_group. Kno
 """
 
 import asyncio
+import contextvars
 import logging
 import os
 import pickle
@@ -92,7 +93,12 @@ class Group(ABC):
         num_ranks = self.spec.num_workers if ranks == "all" else 1
         deadline_s = self.spec.step_timeout_s if timeout_s is None else timeout_s
         sent = asyncio.Event()
-        task = asyncio.create_task(self._in_turn(sent, method, args, kwargs, num_ranks, deadline_s))
+        # In a context of its own: Ray finds the caller's request in the context and would cancel
+        # with it what the ranks have not begun yet.
+        task = asyncio.create_task(
+            self._in_turn(sent, method, args, kwargs, num_ranks, deadline_s),
+            context=contextvars.Context(),
+        )
         self._calls.add(task)
         task.add_done_callback(self._forget)
         try:

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 from ray import serve
 from ray.exceptions import RayActorError
@@ -75,6 +76,19 @@ def test_a_replica_leads_a_group_on_the_gpus_of_its_placement_group(leader):
     assert len({where["gpus"] for where in wheres}) == 2
     assert all(where["device"] == "cuda:0" for where in wheres)
     assert ask(leader, "call", "add_up", [1.0])[0] == 3.0
+
+
+def test_a_cancelled_caller_leaves_the_group_alive_whenever_it_is_cancelled(leader):
+    """Ray cancels what a cancelled task has called and is not running yet; the group's calls must
+    not count as its callers'."""
+    before = ask(leader, "pids")
+    large = np.zeros(2**22)
+    for delay_ms in range(0, 24, 2):
+        running = leader.call.remote("scale", {"x": large}, by=2.0)
+        time.sleep(delay_ms / 1000)
+        running.cancel()
+        assert ask(leader, "call", "add_up", [1.0])[0] == 3.0
+    assert ask(leader, "pids") == before
 
 
 def test_a_killed_worker_fails_the_running_call_at_once_and_the_replica_is_replaced(leader):
