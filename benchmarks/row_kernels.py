@@ -21,10 +21,13 @@ from benchmarks.gpu_timing import Record, machine, median_s
 from wan_model import kernels, row_ops
 from wan_model.row_ops import FP8, Change, Quantised, RowLayout
 
+VARIANTS = ((1024, 8, 4), (1024, 4, 2), (512, 8, 8), (512, 4, 4), (512, 2, 2))
+"""(piece, warps of the norms, warps of quantising); the first is what is used."""
+
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device = args.device
+        self.device, self.num_variants = args.device, args.variants
         self.rows, self.dim, self.ffn, self.head = (
             (48, 64, 96, 16) if args.tiny else (32_760, 5120, 13_824, 128)
         )
@@ -99,9 +102,9 @@ class Bench:
     @torch.inference_mode()
     def run(self) -> None:
         self.record.case("copy", self.copy, limit_s=20)
-        for chunk, warps in ((512, 4), (1024, 4), (1024, 8), (512, 8), (512, 2)):
-            kernels.NORM_WARPS = kernels.QUANTISE_WARPS = warps
-            kernels.MAX_CHUNK = chunk
+        for chunk, norm_warps, quantise_warps in VARIANTS[: self.num_variants]:
+            kernels.NORM_WARPS, kernels.QUANTISE_WARPS = norm_warps, quantise_warps
+            kernels.MAX_CHUNK, warps = chunk, f"{norm_warps} {quantise_warps}"
             for dtype in (torch.bfloat16, FP8):
                 run = partial(self.add_norm, dtype)
                 self.record.case(f"add_norm {dtype} {chunk} {warps}", run, limit_s=30)
@@ -133,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.row_kernels", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="the first so many")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     Bench(args).run()

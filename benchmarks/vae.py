@@ -62,7 +62,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.tiny, self.repeats = args.device, args.tiny, args.repeats
         self.on_gpu = args.device.startswith("cuda")
-        self.parts = args.parts
+        self.parts, self.num_decodes = args.parts, args.decodes
         content = {
             **machine(args.device), "rows": [], "errors": [], "profile": [], "convolutions": [],
         }  # fmt: skip
@@ -209,7 +209,7 @@ class Bench:
     def run(self) -> None:
         record = self.record
         if "decode" in self.parts:
-            for case, impl, dtype, together, chunk in ORDER:
+            for case, impl, dtype, together, chunk in ORDER[: self.num_decodes]:
                 if impl == "diffusers":
                     record.case(f"{case} diffusers", partial(self.theirs, case), limit_s=60)
                     continue
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--decodes", type=int, default=len(ORDER), help="the first so many")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)

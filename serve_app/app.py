@@ -163,6 +163,7 @@ def group_spec(kind: type[Stage], groups: StageGroups, engine_module: str) -> Gr
             "parallel_backend": groups.parallel_backend,
             "shard_weights": groups.shard_weights,
             "offload": groups.offload,
+            "precision": groups.precision,
         }
     if isinstance(groups, PromptExtenderGroups):
         engine, engine_kwargs = engine_of(groups)

@@ -25,7 +25,7 @@ from serve_app.topology import (
     ReplicaSettings,
     ResolvedService,
 )
-from wan_model.backends import Attention, ParallelBackend
+from wan_model.backends import Attention, ParallelBackend, Precision
 from wan_model.config import WanConfig
 
 DEFAULT_DATA_DIR = "~/.local/share/wan-serve"
@@ -53,7 +53,7 @@ class AutoscalingConfig(_Options):
 class StageConfig(_Options):
     """The groups of one stage. `num_gpus` and `num_cpus` are per worker; 0 GPUs means CPU.
 
-    `dtype` "auto" is float32 on CPU; on a GPU float32 for the VAE and bfloat16 for the rest.
+    `dtype` "auto" is float32 on CPU, bfloat16 on a GPU.
     """
 
     num_replicas: PositiveInt = 1
@@ -83,7 +83,8 @@ class ExpertStageConfig(StageConfig):
 
     "auto": `num_workers` is that product; `ulysses_degree` is what the workers leave to it.
     For cards too small for an expert: `shard_weights` divides it over a group's workers, `offload`
-    keeps it in host memory and two of its blocks on the GPU.
+    keeps it in host memory and two of its blocks on the GPU. `precision` fp8 (8.9 and newer) is
+    quicker and smaller, and not the same video; a CPU emulates it slowly.
     """
 
     num_workers: PositiveInt | Auto = "auto"
@@ -94,6 +95,7 @@ class ExpertStageConfig(StageConfig):
     parallel_backend: ParallelBackend = "own"
     shard_weights: bool = False
     offload: bool = False
+    precision: Precision = "bf16"
     placement_strategy: Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
     segment_s: PositiveFloat = 10.0
     lora: list[LoRAConfig] = []

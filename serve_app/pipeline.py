@@ -34,6 +34,7 @@ CLAIM_POLL_S = 0.1
 RENEW_AT_MOST_S = 1.0
 EXPIRE_POLL_S = 60.0
 READY_POLL_S = 1.0
+ALL_READY_POLL_S = 5.0  # Serve's answer costs tens of milliseconds here and in its controller
 
 
 class Pipeline:
@@ -169,7 +170,7 @@ class Pipeline:
             for name, line in self.lines.items():
                 places = running.get(name, 0) * self.max_active_jobs[name]
                 line.resize(places // num_pipelines)
-        await asyncio.sleep(READY_POLL_S)
+        await asyncio.sleep(ALL_READY_POLL_S if all(self.ready.values()) else READY_POLL_S)
 
 
 def _num_running_replicas() -> dict[str, int]:

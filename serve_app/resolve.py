@@ -21,7 +21,7 @@ from serve_app.topology import (
     ResolvedModel,
     StageGroups,
 )
-from wan_model.backends import check_backends
+from wan_model.backends import check_backends, check_precision
 from wan_model.config import Expert, WanConfig
 
 if TYPE_CHECKING:
@@ -90,9 +90,7 @@ def _shared(
             checkpoint=checkpoint,
             revision=revision,
             num_workers=getattr(getattr(config, stage), "num_workers", 1),
-            **stage_options(
-                stage, getattr(config, stage), gpu_dtype="float32" if stage == "vae" else "bfloat16"
-            ),
+            **stage_options(stage, getattr(config, stage)),
         )
         deployment_of |= dict.fromkeys(models, name)
     return groups, deployment_of
@@ -195,10 +193,11 @@ def _expert_groups(
         parallel_backend=options.parallel_backend,
         shard_weights=options.shard_weights,
         offload=options.offload,
+        precision=options.precision,
         placement_strategy=options.placement_strategy,
         segment_s=options.segment_s,
         lora=tuple(LoRA(path=lora.path, strength=lora.strength) for lora in options.lora),
-        **stage_options(where, options, gpu_dtype="bfloat16"),
+        **stage_options(where, options),
     )
 
 
@@ -209,6 +208,12 @@ def _check_implementation(where: str, options: ExpertStageConfig, num_workers: i
             attention=options.attention,
             parallel_backend=options.parallel_backend,
             ring_degree=options.ring_degree,
+        )
+        check_precision(
+            options.precision,
+            dtype=options.dtype if options.num_gpus else "auto",  # a CPU emulates it
+            shard_weights=options.shard_weights,
+            offload=options.offload,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -241,7 +246,7 @@ def _degrees(where: str, options: ExpertStageConfig) -> tuple[int, int]:
     return workers, ulysses
 
 
-def stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dict[str, Any]:
+def stage_options(where: str, options: StageConfig) -> dict[str, Any]:
     """The fields that a StageConfig and a StageGroups share, resolved."""
     low = high = options.num_replicas
     if options.autoscaling is not None:
@@ -251,7 +256,7 @@ def stage_options(where: str, options: StageConfig, *, gpu_dtype: Dtype) -> dict
         if low > high:
             raise ValueError(f"{where}.autoscaling: min_replicas {low} > max_replicas {high}")
     device: Device = "cuda" if options.num_gpus else "cpu"
-    auto_dtype: Dtype = gpu_dtype if device == "cuda" else "float32"
+    auto_dtype: Dtype = "bfloat16" if device == "cuda" else "float32"
     return {
         "min_replicas": low,
         "max_replicas": high,

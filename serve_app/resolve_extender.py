@@ -49,7 +49,7 @@ def prompt_extender(
             f"{WHERE}: timeout_s {config.timeout_s:g} >= step_timeout_s {config.step_timeout_s:g},"
             " at which the worker is given up"
         )
-    options = stage_options(WHERE, config, gpu_dtype="bfloat16")
+    options = stage_options(WHERE, config)
     api_key, api_url = "", None
     if config.backend == "dashscope":
         for option in ("num_gpus", "dtype"):

@@ -60,6 +60,7 @@ class ExpertGroups(StageGroups):
     parallel_backend: str
     shard_weights: bool
     offload: bool
+    precision: str
     placement_strategy: str
     segment_s: float
     lora: tuple[LoRA, ...]

@@ -1,4 +1,4 @@
-"""The names of the attention kernels and of the parallel implementations, and what fits what.
+"""The names of attention kernels, parallel implementations and precisions, and what fits what.
 
 Owns the rules that can be told from names alone, so that a config file is refused before a GPU is
 asked for. The kernels are in attention.py, the implementations in parallel.py and
@@ -11,9 +11,12 @@ from typing import Literal, get_args
 
 Attention = Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_4", "sage"]
 ParallelBackend = Literal["own", "xfuser"]
+Precision = Literal["bf16", "fp8"]
+"""Of the large products of the blocks: "bf16" is the weights' dtype, whichever that is."""
 
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(Attention)
 PARALLEL_BACKENDS: tuple[str, ...] = get_args(ParallelBackend)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 WITHOUT_LSE = {"own": {"sage"}, "xfuser": {"sage", "flash_attn_4"}}
 """Per parallel implementation the kernels that give it no log-sum-exp, which a ring needs.
@@ -41,3 +44,19 @@ def check_backends(*, attention: str, parallel_backend: str, ring_degree: int) -
             "attention backend sage does not work under xfuser, which expects SageAttention 2:"
             " use another one, or parallel backend own"
         )
+
+
+def check_precision(precision: str, *, dtype: str, shard_weights: bool, offload: bool) -> None:
+    """Raises ValueError, in one sentence, for what fp8 products do not go together with.
+
+    `dtype` as in an expert's options; "float32" is an error with fp8, whose results are bfloat16.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    if precision != "fp8":
+        return
+    for option, chosen in (("shard_weights", shard_weights), ("offload", offload)):
+        if chosen:
+            raise ValueError(f"precision fp8 and {option} exclude each other: choose one")
+    if dtype == "float32":
+        raise ValueError("precision fp8 gives bfloat16 results: leave out dtype float32")

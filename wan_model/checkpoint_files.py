@@ -14,7 +14,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,8 +144,16 @@ def load_parameters(
         for path in files:
             _read_ahead(path)
             with open_tensors(path) as file:
-                for done in [readers.submit(fill, file, key) for key in file.shapes]:
-                    done.result()
+                _finish([readers.submit(fill, file, key) for key in file.shapes])
+
+
+def _finish(tasks: list[Future[None]]) -> None:
+    """Waits until none of them runs, also after one failed: the file they read is closed next."""
+    wait(tasks, return_when=FIRST_EXCEPTION)
+    running = [task for task in tasks if not task.cancel()]
+    wait(running)
+    for task in running:
+        task.result()
 
 
 def copy_to_device(

@@ -21,8 +21,10 @@ from torch.nn import functional
 
 from wan_model import media, pictures
 from wan_model.attention import check_kernel
-from wan_model.backends import check_backends
+from wan_model.backends import check_backends, check_precision
 from wan_model.config import Expert, ParallelDims, WanConfig
+from wan_model.follower import Follower
+from wan_model.fp8 import check_fp8, quantise_blocks
 from wan_model.image_file import open_image
 from wan_model.lora import load_lora
 from wan_model.offload import offload_blocks
@@ -104,6 +106,7 @@ class ExpertEngine:
         parallel_backend: str = "own",
         shard_weights: bool = False,
         offload: bool = False,
+        precision: str = "bf16",
     ) -> None:
         opened = open_checkpoint(checkpoint, revision=revision)
         self.config: WanConfig = opened.config
@@ -116,6 +119,9 @@ class ExpertEngine:
             attention=attention, parallel_backend=parallel_backend, ring_degree=ring_degree
         )
         network, weights_dtype = self.config.transformer, resolve_dtype(dtype, device)
+        check_precision(precision, dtype="auto", shard_weights=shard_weights, offload=offload)
+        if precision == "fp8":
+            check_fp8(network, device=device, dtype=weights_dtype)
         self.mesh: Mesh | None = make_mesh(dims, num_heads=network.num_heads)
         check_kernel(
             attention,
@@ -144,6 +150,8 @@ class ExpertEngine:
             self.transformer = offload_blocks(load("cpu"), device)
         else:
             self.transformer = load(device)
+        if precision == "fp8":
+            quantise_blocks(self.transformer.blocks)
         self.jobs: dict[str, OpenJob] = {}
 
     def _sequence_parallel(self, attention: str, parallel_backend: str) -> SequenceParallel:
@@ -274,7 +282,7 @@ class VAEEngine:
         *,
         checkpoint: str,
         device: str,
-        dtype: str = "float32",
+        dtype: str = "auto",
         revision: str | None = None,
         split_rows: bool = False,
     ) -> None:
@@ -284,6 +292,8 @@ class VAEEngine:
         self.device = device
         self.split_rows = split_rows
         self.vae = opened.load_vae(device=device, dtype=resolve_dtype(dtype, device))
+        if device.startswith("cuda"):
+            self.vae.hold_channels_together()
 
     def warm_up(self) -> None:
         # A group's smallest picture has rows enough for each of its ranks.
@@ -329,7 +339,7 @@ class VAEEngine:
     @torch.inference_mode()
     def decode(self, *, params: dict[str, Any], state: Arrays) -> dict[str, Any]:
         """Latents -> {"mp4", "thumbnail", "spritesheet" (webp): bytes, "num_frames": int}, for a
-        video of one frame also "png". Muxes as it decodes."""
+        video of one frame also "png". Muxes while the next frames are being decoded."""
         if self.split_rows and not is_first_rank():
             for _ in self._decoded(state):
                 pass  # its rows have gone to the first rank, which muxes
@@ -337,14 +347,21 @@ class VAEEngine:
         video = VideoParams(**params)
         file, made = BytesIO(), {}
         sheet = pictures.Spritesheet(video.num_frames)
-        with media.Mp4Writer(file, width=video.width, height=video.height, fps=video.fps) as mp4:
+
+        def write(frames: np.ndarray) -> None:
+            mp4.write(frames)
+            sheet.add(frames)
+            if not made:
+                made["thumbnail"] = pictures.thumbnail(frames[0])
+            if video.num_frames == 1:
+                made["png"] = pictures.png(frames)
+
+        with (
+            media.Mp4Writer(file, width=video.width, height=video.height, fps=video.fps) as mp4,
+            Follower(write, max_waiting=2) as follower,
+        ):
             for frames in self._decoded(state):
-                mp4.write(frames)
-                sheet.add(frames)
-                if not made:
-                    made["thumbnail"] = pictures.thumbnail(frames[0])
-                if video.num_frames == 1:
-                    made["png"] = pictures.png(frames)
+                follower.put(frames)
         sheet_webp = sheet.to_webp()
         return made | {
             "mp4": file.getvalue(), "spritesheet": sheet_webp, "num_frames": mp4.num_frames,

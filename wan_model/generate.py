@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from wan_model import media, pictures
-from wan_model.backends import ATTENTION_BACKENDS, PARALLEL_BACKENDS
+from wan_model.backends import ATTENTION_BACKENDS, PARALLEL_BACKENDS, PRECISIONS
 from wan_model.config import Expert, WanConfig
 from wan_model.engine import ExpertEngine, TextEncoderEngine, VAEEngine
 from wan_model.image_file import open_image
@@ -56,7 +56,7 @@ class Placement:
 
     device: str = "cpu"
     dtype: str = "auto"
-    vae_dtype: str = "float32"
+    vae_dtype: str = "auto"
     ulysses_degree: int = 1
     ring_degree: int = 1
     cfg_parallel: bool = False
@@ -64,6 +64,7 @@ class Placement:
     parallel_backend: str = "own"
     shard_weights: bool = False
     offload: bool = False
+    precision: str = "bf16"
 
 
 def generate(
@@ -176,6 +177,7 @@ def _run_segment(
         parallel_backend=placement.parallel_backend,
         shard_weights=placement.shard_weights,
         offload=placement.offload,
+        precision=placement.precision,
     )
     engine.open("job", params=asdict(request.params), conditioning=conditioning, state=state)
     for step_index in steps:
@@ -230,6 +232,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> None:
         parallel_backend=args.parallel_backend,
         shard_weights=args.fsdp,
         offload=args.offload,
+        precision=args.precision,
     )
     first_rank = processes.rank == 0
     bar = tqdm(total=request.params.num_steps, unit="step", disable=not first_rank, delay=0.1)
@@ -352,7 +355,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-high-noise", **lora, help="may be repeated; the only expert's LoRA on TI2V")
     add("--lora-low-noise", **lora)
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--vae-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--precision", choices=PRECISIONS, default="bf16", help="fp8: the experts' large products")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--attention", choices=ATTENTION_BACKENDS, default="auto")
     add("--ulysses-degree", type=int, default=1)

@@ -62,7 +62,8 @@ def _change(
 @triton.jit
 def _add_norm_kernel(
     x, y1, bias1, gate1, y2, bias2, gate2, scale, shift, out, out_scale,
-    num_tokens, num_clean, gate1_b, gate1_g, gate2_b, gate2_g, norm_b, norm_g, eps,
+    num_tokens, num_clean, gate1_b, gate1_g, gate2_b, gate2_g,
+    scale_b, scale_g, shift_b, shift_g, eps,
     D: tl.constexpr, CHUNK: tl.constexpr, NUM_CHANGES: tl.constexpr,
     HAS_BIAS1: tl.constexpr, HAS_GATE1: tl.constexpr,
     HAS_BIAS2: tl.constexpr, HAS_GATE2: tl.constexpr,
@@ -74,8 +75,8 @@ def _add_norm_kernel(
     cols = tl.arange(0, CHUNK)
     gate1 += sample * gate1_b + group * gate1_g
     gate2 += sample * gate2_b + group * gate2_g
-    scale += sample * norm_b + group * norm_g
-    shift += sample * norm_b + group * norm_g
+    scale += sample * scale_b + group * scale_g
+    shift += sample * shift_b + group * shift_g
     values = ()
     total = tl.zeros([CHUNK], tl.float32)
     for i in tl.static_range(D // CHUNK):
@@ -196,7 +197,8 @@ def add_norm(
     with torch.cuda.device_of(x):
         _add_norm_kernel[(num_rows,)](
             x, *arguments, scale_BGD, shift_BGD, out, x if out_scale is None else out_scale,
-            num_tokens, num_clean, *gate_strides, *_row_strides(scale_BGD), eps,
+            num_tokens, num_clean, *gate_strides,
+            *_row_strides(scale_BGD), *_row_strides(shift_BGD), eps,
             D=dim, CHUNK=chunk_of(dim), NUM_CHANGES=len(changes),
             HAS_BIAS1=bias1, HAS_GATE1=gate1, HAS_BIAS2=bias2, HAS_GATE2=gate2,
             STORE=store, FP8=out_scale is not None, num_warps=NORM_WARPS,

@@ -5,7 +5,7 @@ mean that nothing happened to the job.
 """
 
 import pytest
-from live_service import LiveService, live, service_args
+from live_service import LiveService
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "a red circle moves"
@@ -49,27 +49,3 @@ def test_a_killed_process_changes_nothing_for_the_job(service, undisturbed, what
     assert video["status"] == "completed", video["error"]
     assert service.content(video_id) == undisturbed
     service.wait_until_ready()
-
-
-# The tests above run on SQLite; two more starts of everything on it are for the long matrix.
-@pytest.mark.parametrize(
-    "database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.chaos)]
-)
-def test_everything_killed_at_once_loses_no_job(
-    request, tmp_path, checkpoints, undisturbed, database
-):
-    more = {}
-    if database == "postgresql":
-        more["job_store_url"] = request.getfixturevalue("postgres_server").create_database()
-    args = service_args({"t2v": checkpoints["t2v"]}, **more)
-    with live(tmp_path, args) as service:
-        running = start_job(service, 12)
-        waiting = [service.submit(PROMPT, **JOB) for _ in range(2)]
-        service.kill_everything()
-        service.start()
-        for video_id in (running, *waiting):
-            video = service.wait(video_id, 240)
-            assert video["status"] == "completed", video["error"]
-            assert service.content(video_id) == undisturbed
-        resumed = [t for t in service.get(running)["timings"] if t["to_step"]]
-        assert resumed[0]["from_step"] > 0, "the job began again instead of going on"

@@ -109,7 +109,7 @@ def test_dtype_follows_the_device_and_the_stage():
     )
     assert (high(on_gpu).device, high(on_gpu).dtype) == ("cuda", "bfloat16")
     assert (high(on_cpu).device, high(on_cpu).dtype) == ("cpu", "float32")
-    assert on_gpu.vaes["VAE"].dtype == "float32"
+    assert on_gpu.vaes["VAE"].dtype == "bfloat16"
     assert on_gpu.text_encoders["TextEncoder"].dtype == "bfloat16"
 
 
@@ -215,6 +215,8 @@ def test_placement_of_one_worker_has_no_effect():
         ),
         ({"shard_weights": True}, r"\.shard_weights has no effect on one worker"),
         ({"offload": True, "num_gpus": 0}, r"\.offload has no effect without a GPU"),
+        ({"precision": "fp8", "offload": True}, "precision fp8 and offload exclude each other"),
+        ({"precision": "fp8", "dtype": "float32"}, "leave out dtype float32"),
         (
             {"offload": True, "shard_weights": True, "num_workers": 2},
             "shard_weights and offload exclude each other",

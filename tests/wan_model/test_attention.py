@@ -3,11 +3,13 @@
 The packages need a GPU; attention_packages.py stands in for them with the same signatures.
 """
 
+from types import SimpleNamespace
+
 import attention_packages
 import pytest
 import torch
 
-from wan_model.attention import attention, attention_with_lse, check_kernel
+from wan_model.attention import attention, attention_with_lse, check_kernel, resolve_backend
 from wan_model.backends import check_backends
 from wan_model.engine import ExpertEngine
 
@@ -120,3 +122,12 @@ def test_a_ring_with_a_kernel_that_has_no_log_sum_exp_is_refused_by_name():
         attention_with_lse(*tensors(), "sage")
     with pytest.raises(ValueError, match="unknown parallel backend 'deepspeed': use one of own"):
         check_backends(attention="sdpa", parallel_backend="deepspeed", ring_degree=1)
+
+
+def test_on_a_gpu_a_texts_few_keys_go_to_cudnn_and_many_to_flash_attention_4(monkeypatch):
+    attention_packages.install(monkeypatch, "flash_attn_4")
+    like = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16)
+    assert resolve_backend("auto", like, num_keys=512) == "cudnn"
+    assert resolve_backend("auto", like, num_keys=513) == "flash_attn_4"
+    assert resolve_backend("auto", like) == "flash_attn_4"
+    assert resolve_backend("flash_attn_4", like, num_keys=512) == "flash_attn_4"

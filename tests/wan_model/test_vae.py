@@ -143,6 +143,19 @@ def test_the_size_of_the_chunks_does_not_change_the_result(vae: WanVAE, chunk: i
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+@torch.inference_mode()
+def test_holding_channels_together_changes_the_layout_and_not_the_numbers(
+    vae: WanVAE, chunk: int
+) -> None:
+    """Also not by doubling H and W with a smaller convolution."""
+    video, latents = random_video(vae.config, 9), random_latents(vae.config, 4)
+    encoded, decoded = vae.encode(video), vae.decode(latents)
+    vae.hold_channels_together()
+    torch.testing.assert_close(vae.encode(video, chunk=chunk), encoded, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(vae.decode(latents, chunk=chunk), decoded, atol=TOLERANCE, rtol=0)
+
+
 @torch.inference_mode()
 def test_chunks_are_one_frame_then_four_at_a_time_and_together_are_the_video(vae: WanVAE) -> None:
     latents = random_latents(vae.config, 4)
