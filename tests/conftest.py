@@ -33,6 +33,8 @@ NUM_FAKE_GPUS = 4
 _FOLDERS = [str(ROOT), *(str(p) for p in sorted((ROOT / "tests").iterdir()) if p.is_dir())]
 sys.path.extend(folder for folder in _FOLDERS if folder not in sys.path)
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, os.environ.get("PYTHONPATH", "")])
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when anything first imports Triton
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores are at work already
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -30,7 +30,8 @@ OWNERS = {
     "alembic": {"serve_app/job_database.py"},
     "fsspec": {"serve_app/artifacts.py"},
     "torch.distributed": {
-        "wan_model/parallel.py", "wan_model/rows.py", "wan_model/sharding.py", "wan_model/torchrun.py",
+        "wan_model/parallel.py", "wan_model/rows.py", "wan_model/sharding.py",
+        "wan_model/torchrun.py",
         "cluster/process_group.py", "benchmarks/parallel.py",
     },
     "xfuser": {"wan_model/xfuser_backend.py"},

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from triton_kernels import DEVICE, use_kernels
 
-from tests.wan_model.triton_kernels import DEVICE, use_kernels
 from wan_model import fp8, fused_blocks, row_ops
 from wan_model.backends import check_precision
 from wan_model.config import TransformerConfig

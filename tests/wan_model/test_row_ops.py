@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_kernels import DEVICE, use_kernels
 
-from tests.wan_model.triton_kernels import DEVICE, use_kernels
 from wan_model import row_ops
 from wan_model.row_ops import FP8, Change, RowLayout
 
