@@ -49,12 +49,12 @@ def open_page(browser):
         assert complaints == []
 
 
-def fill_small(page, prompt, *, steps, model=None):
+def fill_small(page, prompt, *, steps, num_frames=9, model=None):
     if model is not None:
         page.get_by_label("Model", exact=True).select_option(model)
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_label("Size", exact=True).fill("64x64")
-    page.get_by_label("Frames", exact=True).fill("9")
+    page.get_by_label("Frames", exact=True).fill(str(num_frames))
     page.get_by_label("Steps", exact=True).fill(str(steps))
 
 
@@ -92,7 +92,8 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
     page = open_page(service.url)
     page.locator('#service[data-state="ready"]').wait_for()
     before = [each["id"] for each in httpx.get(f"{service.url}/v1/videos").json()["data"]]
-    fill_small(page, PROMPT, steps=30, model="t2v")
+    # Long enough for each expert to be seen at work: events come every half second.
+    fill_small(page, PROMPT, steps=100, num_frames=33, model="t2v")
     page.keyboard.press("Control+Enter")
     video_id = newest(page, other_than=before)
 
@@ -136,7 +137,7 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
     remix = newest(page)
     ended(page, remix)
     assert service.get(remix)["remixed_from_video_id"] == video_id
-    assert service.get(remix)["num_inference_steps"] == 30
+    assert service.get(remix)["num_inference_steps"] == 100
 
     card(page, remix).get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Delete the video").click()
