@@ -44,6 +44,7 @@ os.environ.pop("RAY_ADDRESS", None)
 _ON_RAY = ("e2e", "cluster")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     def group(item):
         folder = item.path.relative_to(ROOT / "tests").parts[0]
