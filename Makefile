@@ -22,7 +22,7 @@ serve: setup  ## start the service on http://127.0.0.1:8000 and leave it running
 	$(BIN)/serve run configs/local_tiny.yaml
 
 test: setup  ## run the test suite, on up to four cores
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

@@ -41,19 +41,22 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 
-_ON_RAY = ("e2e", "cluster")
+_ON_RAY = ("tests/e2e/", "tests/cluster/", "tests/benchmarks/test_overhead.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    def group(item):
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        on_ray = folder in _ON_RAY or "ray_cluster" in getattr(item, "fixturenames", ())
-        return "ray" if on_ray else str(item.path)
+    items.sort(key=lambda item: not item.nodeid.startswith(_ON_RAY))
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "ray")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "Ray" if nodeid.startswith(_ON_RAY) else nodeid.partition("::")[0]
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
