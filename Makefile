@@ -21,8 +21,8 @@ demo: setup  ## start the service, make one video of a prompt, stop the service
 serve: setup  ## start the service on http://127.0.0.1:8000 and leave it running
 	$(BIN)/serve run configs/local_tiny.yaml
 
-test: setup  ## run the test suite, on up to four cores
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+test: setup  ## run the test suite
+	$(BIN)/python -m pytest
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

@@ -9,9 +9,6 @@ Fixtures
                     deployed. For a quick end give deployments graceful_shutdown_wait_loop_s=0.2
                     and graceful_shutdown_timeout_s=3.
     postgres_server, database_url       see postgres.py
-
-With pytest-xdist (`make test`) a file's tests stay together, and all that run Ray stay on one
-worker and begin first: two clusters at once would make their bounds on time meaningless.
 """
 
 import os
@@ -39,24 +36,6 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores are at work already
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
-
-
-_ON_RAY = ("tests/e2e/", "tests/cluster/", "tests/benchmarks/test_overhead.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.startswith(_ON_RAY))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduler(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "Ray" if nodeid.startswith(_ON_RAY) else nodeid.partition("::")[0]
-
-    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
