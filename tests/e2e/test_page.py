@@ -122,18 +122,18 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
 
     done.get_by_role("button", name="Branch").click()
     assert page.get_by_label("Seed", exact=True).is_disabled()
-    page.get_by_label("Prompt", exact=True).fill("a green circle")
+    page.get_by_label("Prompt", exact=True).fill("a green circle on this page")
     page.get_by_role("button", name="Make video").click()
-    page.get_by_role("heading", name="a green circle").wait_for()
+    page.get_by_role("heading", name="a green circle on this page").wait_for()
     branch = newest(page)
     ended(page, branch)
     assert service.get(branch)["branch_from"] == video_id
 
     done.get_by_role("button", name="Remix").click()
     page.get_by_text("Same image and settings with another prompt").wait_for()
-    page.get_by_label("Prompt", exact=True).fill("a blue square")
+    page.get_by_label("Prompt", exact=True).fill("a teal square on this page")
     page.get_by_role("button", name="Make video").click()
-    page.get_by_role("heading", name="a blue square").wait_for()
+    page.get_by_role("heading", name="a teal square on this page").wait_for()
     remix = newest(page)
     ended(page, remix)
     assert service.get(remix)["remixed_from_video_id"] == video_id
