@@ -2,6 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
+# A service starts some twenty processes: each would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
 export WAN_DATA_DIR ?= $(CURDIR)/out/data
 
 .PHONY: setup demo serve test lint bench
@@ -13,6 +15,8 @@ setup: .venv/.ready  ## create .venv and install everything, at the tested versi
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
+	# pip would compile everything, on one core. Some files are templates: hence no error.
+	$(BIN)/python -m compileall -qq -j 0 $(addprefix .venv/lib/python3*/site-packages/,torch ray transformers) || true
 	touch $@
 
 demo: setup  ## start the service, make one video of a prompt, stop the service

@@ -54,9 +54,8 @@ def graph(service: ResolvedService, *, engine_module: str = ENGINE_MODULE) -> Ap
         stages[groups.name] = _stage(TextEncoder, groups, service, engine_module)
     for groups in service.vaes.values():
         stages[groups.name] = _stage(VAE, groups, service, engine_module)
-    for model in service.models.values():
-        for groups in model.experts.values():
-            stages[groups.name] = _stage(Expert, groups, service, engine_module)
+    for groups in service.experts.values():
+        stages[groups.name] = _stage(Expert, groups, service, engine_module)
     pipeline = serve.deployment(
         Pipeline,
         name="Pipeline",

@@ -131,12 +131,16 @@ class ModelDefaults(_Options):
 class ModelConfig(_Options):
     """One served model. `max_area` "auto" is the default width * height, `max_num_frames` "auto"
     twice the default frames. Models with one checkpoint share their text encoder and VAE by
-    themselves; `text_encoder_from` and `vae_from` name another served model to share with."""
+    themselves; `text_encoder_from` and `vae_from` name another served model to share with.
+    `high_noise_expert_from` and `low_noise_expert_from` do so for an expert of the same
+    checkpoint: a low-noise LoRA under a name of its own costs one more expert, not two."""
 
     checkpoint: str
     revision: str | None = None
     text_encoder_from: ServedName | None = None
     vae_from: ServedName | None = None
+    high_noise_expert_from: ServedName | None = None
+    low_noise_expert_from: ServedName | None = None
     high_noise_expert: ExpertStageConfig = ExpertStageConfig()
     low_noise_expert: ExpertStageConfig = ExpertStageConfig()
     defaults: ModelDefaults = ModelDefaults()

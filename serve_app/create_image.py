@@ -127,7 +127,8 @@ class ImageJobs:
         try:
             for k in range(request.n or 1):
                 video = request.as_video(model, (seed + k) % (MAX_SEED + 1))
-                made.append(await self._videos.create(owner, video, {}, idempotency_key=None))
+                create = self._videos.create
+                made.append(await create(owner, video, {}, idempotency_key=None, announced=False))
             jobs = await self._wait(owner, [video.id for video in made], is_disconnected)
             if jobs is None:
                 return None

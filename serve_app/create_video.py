@@ -117,7 +117,7 @@ class CreateVideo(BaseModel):
     branch_from: Text | None = Field(
         None,
         max_length=64,
-        description="A video whose low-noise half is made again, with these words",
+        description="A video whose low-noise half is made again, with these words or this seed",
     )
     prompt_extend: bool | None = Field(
         None, description="Let a language model write the prompt out, where the service has one"

@@ -79,7 +79,8 @@ def branch(
     idempotency_key: str | None,
 ) -> NewJob:
     """The source from its boundary on, with the request's words, low-noise guidance and fps, in the
-    low-noise expert of `model`. What the request leaves out is the source's.
+    low-noise expert of `model`; another seed draws the noise anew there. What the request leaves
+    out is the source's.
 
     Raises InvalidRequest naming the field that would change the high-noise half, or Conflict when
     there is no state at the boundary (yet, or any more).
@@ -201,12 +202,6 @@ def _check_unchanged(
             " leave it out",
             param="preview",
         )
-    if request.seed not in (None, params.seed):
-        raise InvalidRequest(
-            f"seed: has no effect on a branch, whose noise was drawn with seed {params.seed} before"
-            " the boundary (no solver here draws more): leave it out",
-            param="seed",
-        )
     for field, theirs, same in _high_noise_half(request, params, model):
         if not same:
             raise InvalidRequest(
@@ -241,6 +236,8 @@ def _high_noise_half(
 
 def _branched_params(request: CreateVideo, params: VideoParams) -> VideoParams:
     changes = {"guidance_low_noise": request.guidance_scale_2, "fps": request.fps}
+    if request.seed not in (params.seed, params.boundary_seed):
+        changes["boundary_seed"] = request.seed
     try:
         return dataclasses.replace(params, **{k: v for k, v in changes.items() if v is not None})
     except ValueError as error:

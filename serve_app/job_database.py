@@ -72,6 +72,7 @@ jobs = sa.Table(
     sa.Column("remixed_from", sa.Text),
     sa.Column("branch_from", sa.Text),
     sa.Column("preview", sa.Boolean, nullable=False, default=False),
+    sa.Column("announced", sa.Boolean, nullable=False, default=True),
     sa.Column("revised_prompt", sa.Text),
     sa.Column("prompt_note", sa.Text),
     sa.Column("cinematography", sa.JSON(none_as_null=True)),

@@ -48,7 +48,8 @@ class NewJob:
 
     `cinematography` holds the choices that are composed into the prompt, {field: value}.
     `remixed_from` and `branch_from` are ids of other jobs; `extend_prompt` asks for a
-    `revised_prompt`, `preview` for a look at the boundary.
+    `revised_prompt`, `preview` for a look at the boundary, `announced` whether a
+    webhook tells its end.
     """
 
     id: str = field(default_factory=new_job_id)
@@ -70,6 +71,7 @@ class NewJob:
     remixed_from: str | None = None
     branch_from: str | None = None
     preview: bool = False
+    announced: bool = True
     # A branch has these from the beginning: its source's state is its own first checkpoint.
     checkpoint: str | None = None  # artifact key
     checkpoint_step: int = 0

@@ -286,7 +286,7 @@ class JobStore:
                     **self._ending(now),
                 )
             )
-            .returning(_c.id, _c.status)
+            .returning(_c.id, _c.status, _c.announced)
         )
         waiting = sa.select(_c.seq).where(_c.status == QUEUED, _c.available_at <= now)
         if models is not None:
@@ -426,7 +426,7 @@ class JobStore:
             sa.update(jobs)
             .where(_c.id == job_id, _c.attempt == attempt, _c.status == IN_PROGRESS)
             .values(**values)
-            .returning(_c.id, _c.status, _c.cancel_requested)
+            .returning(_c.id, _c.status, _c.announced, _c.cancel_requested)
         )
         async with self._database.transaction(write=True) as connection:
             row = (await connection.execute(update)).first()
@@ -438,7 +438,7 @@ class JobStore:
     ) -> None:
         """In the transaction that wrote these rows, of which some may have ended."""
         if self._announces_ends:
-            ended = [(row.id, row.status) for row in written]
+            ended = [(row.id, row.status) for row in written if row.announced]
             await webhook_store.announce(connection, ended, now=self._clock())
 
     def _ending(self, now: float | None = None) -> dict[str, Any]:

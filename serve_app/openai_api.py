@@ -205,7 +205,7 @@ def video(job: Job, *, queue_position: int | None, seconds_left: float | None) -
         guidance_scale=params["guidance_high_noise"],
         guidance_scale_2=params["guidance_low_noise"],
         negative_prompt=job.negative_prompt or "",
-        seed=params["seed"],
+        seed=params["seed"] if params["boundary_seed"] is None else params["boundary_seed"],
         flow_shift=params["shift"],
         boundary_ratio=params["boundary_ratio"],
         solver=params["solver"],

@@ -25,7 +25,7 @@ from serve_app.line import Line
 from serve_app.prompt_extension import Extender
 from serve_app.retry_policy import INTERNAL_MESSAGE
 from serve_app.stages import JobCancelled, LeaseLost
-from serve_app.topology import ExpertGroups, JobSettings, ResolvedService
+from serve_app.topology import JobSettings, ResolvedService
 from serve_app.webhooks import WebhookSender
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ class Pipeline:
 
     async def __init__(self, service: ResolvedService, handles: Mapping[str, Any]) -> None:
         self.handles = dict(handles)
-        experts = {g.name: g for g in service.stages if isinstance(g, ExpertGroups)}
-        self.max_active_jobs = {name: groups.max_active_jobs for name, groups in experts.items()}
+        self.max_active_jobs = {name: g.max_active_jobs for name, g in service.experts.items()}
         self.lines = {name: Line(count) for name, count in self.max_active_jobs.items()}
         self.models = {
             name: ModelStages(

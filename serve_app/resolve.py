@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         StageConfig,
     )
 
-SharedStage = Literal["text_encoder", "vae"]
+SharedStage = Literal["text_encoder", "vae", "high_noise_expert", "low_noise_expert"]
 Groups = dict[str, StageGroups]
 
 _DEPLOYMENT_NAMES = {
@@ -60,7 +60,7 @@ def topology(
     models = {
         name: ResolvedModel(
             served=_served_model(name, model, wan_configs[name], created),
-            experts=_experts(name, model, wan_configs[name], alone=len(config.models) == 1),
+            experts=_experts(config, name, wan_configs),
             text_encoder=text_encoder_of[name],
             vae=vae_of[name],
         )
@@ -109,9 +109,22 @@ def _source(
         raise ValueError(f"{where} is not another served model; there are {list(config.models)}")
     if (further := getattr(config.models[source], option)) is not None:
         raise ValueError(f"{where} takes its own from {further}: name {further} here")
-    if getattr(wan_configs[source], stage) != getattr(wan_configs[name], stage):
+    if "expert" in stage:
+        _check_same_expert(config, name, stage, where)
+    elif getattr(wan_configs[source], stage) != getattr(wan_configs[name], stage):
         raise ValueError(f"{where} has another kind of {stage}: remove {option}")
     return source
+
+
+def _check_same_expert(config: ServiceConfig, name: str, stage: SharedStage, where: str) -> None:
+    model, source = (
+        config.models[name],
+        config.models[getattr(config.models[name], f"{stage}_from")],
+    )
+    if model.has(stage):
+        raise ValueError(f"models.{name}.{stage} has no effect beside {stage}_from: remove one")
+    if (model.checkpoint, model.revision) != (source.checkpoint, source.revision):
+        raise ValueError(f"{where} has another checkpoint: remove {stage}_from")
 
 
 def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -> ServedModel:
@@ -150,28 +163,24 @@ def _profile(name: str, model: ModelConfig, config: WanConfig) -> StageProfile |
 
 
 def _experts(
-    name: str, model: ModelConfig, config: WanConfig, *, alone: bool
+    config: ServiceConfig, name: str, wan_configs: Mapping[str, WanConfig]
 ) -> dict[Expert, ExpertGroups]:
-    if config.num_experts == 1 and model.has("low_noise_expert"):
-        raise ValueError(f"models.{name}.low_noise_expert has no effect: the model has one expert")
-    return {
-        expert: _expert_groups(
-            f"models.{name}.{expert.value}_expert",
-            model,
-            config,
-            expert,
-            name=_DEPLOYMENT_NAMES[expert] + ("" if alone else f"-{name}"),
-        )
-        for expert in config.experts
-    }
+    model, row = config.models[name], wan_configs[name]
+    for option in ("low_noise_expert", "low_noise_expert_from"):
+        if row.num_experts == 1 and model.has(option):
+            raise ValueError(f"models.{name}.{option} has no effect: the model has one expert")
+    return {expert: _expert_groups(config, name, expert, wan_configs) for expert in row.experts}
 
 
 def _expert_groups(
-    where: str, model: ModelConfig, config: WanConfig, expert: Expert, *, name: str
+    config: ServiceConfig, name: str, expert: Expert, wan_configs: Mapping[str, WanConfig]
 ) -> ExpertGroups:
-    options: ExpertStageConfig = getattr(model, f"{expert.value}_expert")
+    stage: SharedStage = f"{expert.value}_expert"
+    source = _source(config, name, stage, wan_configs)
+    model, where = config.models[source], f"models.{source}.{stage}"
+    options: ExpertStageConfig = getattr(model, stage)
     num_workers, ulysses_degree = _degrees(where, options)
-    num_heads = config.transformer.num_heads
+    num_heads = wan_configs[source].transformer.num_heads
     if num_heads % ulysses_degree:
         raise ValueError(
             f"{where}: {num_heads} heads do not divide by ulysses {ulysses_degree}:"
@@ -181,7 +190,7 @@ def _expert_groups(
         raise ValueError(f"{where}.placement_strategy has no effect on one worker")
     _check_implementation(where, options, num_workers)
     return ExpertGroups(
-        name=name,
+        name=_DEPLOYMENT_NAMES[expert] + ("" if len(config.models) == 1 else f"-{source}"),
         checkpoint=model.checkpoint,
         revision=model.revision,
         expert=expert,

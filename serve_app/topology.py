@@ -172,11 +172,17 @@ class ResolvedService:
         return {name: model.served for name, model in self.models.items()}
 
     @property
+    def experts(self) -> dict[str, ExpertGroups]:
+        """The expert deployments by name; models may share one."""
+        models = self.models.values()
+        return {groups.name: groups for model in models for groups in model.experts.values()}
+
+    @property
     def stages(self) -> tuple[StageGroups, ...]:
         """Every deployment of groups once."""
-        experts = (groups for model in self.models.values() for groups in model.experts.values())
         extenders = () if self.prompt_extender is None else (self.prompt_extender,)
-        return (*extenders, *self.text_encoders.values(), *self.vaes.values(), *experts)
+        shared = (*self.text_encoders.values(), *self.vaes.values())
+        return (*extenders, *shared, *self.experts.values())
 
     @property
     def max_gpus(self) -> float:

@@ -82,8 +82,10 @@ class Videos:
         uploads: Mapping[str, bytes],
         *,
         idempotency_key: str | None,
+        announced: bool = True,
     ) -> Video:
-        """Accept a job. `uploads` holds the images (of IMAGE_FIELDS) that came as bytes."""
+        """Accept a job. `uploads` holds the images (of IMAGE_FIELDS) that came as bytes;
+        `announced`: whether a webhook tells its end."""
         if request.branch_from is not None:
             return await self._branch(owner, request, uploads, idempotency_key=idempotency_key)
         model = self.model(request.model)
@@ -119,6 +121,7 @@ class Videos:
             cinematography=request.cinematography and request.cinematography.chosen(),
             extend_prompt=self._extends_prompt(request),
             preview=bool(request.preview),
+            announced=announced,
         )
         return await self._accept(new, {keys[name]: data for name, data in images.items()})
 

@@ -32,7 +32,7 @@ from wan_model.parallel import Mesh, SequenceParallel, make_mesh
 from wan_model.params import VideoParams
 from wan_model.rows import divide_rows, is_first_rank
 from wan_model.schedule import Schedule, build_schedule
-from wan_model.solver import solver_step
+from wan_model.solver import renoise, solver_step
 from wan_model.state import Arrays, Conditioning, DenoiseState, draw_noise
 from wan_model.transformer import TextContext, WanTransformer
 from wan_model.weights import open_checkpoint
@@ -187,8 +187,10 @@ class ExpertEngine:
         conditioning: Arrays,
         state: Arrays | None = None,
     ) -> None:
-        """Makes a job ready to step. `state` None draws the noise of step 0 from the seed."""
+        """Makes a job ready to step. `state` None draws the noise of step 0 from the seed; a state
+        at the boundary gets its new noise here, if the job has a `boundary_seed`."""
         video = VideoParams(**params)
+        schedule = build_schedule(video)
         cond = Conditioning.from_arrays(conditioning, self.device)
         self._check(video, cond)
         if state is None:
@@ -197,6 +199,8 @@ class ExpertEngine:
             )
         else:
             opened = DenoiseState.from_arrays(state, self.device)
+            if video.boundary_seed is not None and opened.step_index == schedule.boundary_step:
+                opened = renoise(opened, video.boundary_seed, schedule)
         high = self.expert is Expert.HIGH_NOISE
         guidance = video.guidance_high_noise if high else video.guidance_low_noise
         needs_negative = guidance != 1.0
@@ -204,7 +208,7 @@ class ExpertEngine:
             raise ValueError(f"guidance {guidance:g} needs negative_prompt_embeds")
         self.jobs[job_id] = OpenJob(
             params=video,
-            schedule=build_schedule(video),
+            schedule=schedule,
             guidance=guidance,
             conditioning=cond,
             text=self.transformer.embed_text([cond.prompt_embeds]),

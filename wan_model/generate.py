@@ -266,6 +266,7 @@ def _request(args: argparse.Namespace, processes: Processes) -> Request:
         guidance_high_noise=args.guidance_high_noise,
         guidance_low_noise=args.guidance_low_noise,
         boundary_ratio=args.boundary_ratio,
+        boundary_seed=args.boundary_seed,
     )
     if args.lora_low_noise and config.num_experts == 1:
         raise ValueError(f"--lora-low-noise has no effect: {config.name} has one expert")
@@ -351,6 +352,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-high-noise", type=float)
     add("--guidance-low-noise", type=float)
     add("--boundary-ratio", type=float)
+    add("--boundary-seed", type=int, help="new noise for the low-noise expert: a variant")
     lora = {"type": _lora, "action": "append", "default": [], "metavar": "FILE[:STRENGTH]"}
     add("--lora-high-noise", **lora, help="may be repeated; the only expert's LoRA on TI2V")
     add("--lora-low-noise", **lora)

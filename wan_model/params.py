@@ -19,10 +19,12 @@ MAX_STEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class VideoParams:
-    """Everything numeric that decides a video, complete: no field is optional or filled in later.
+    """Everything numeric that decides a video, complete: no field is filled in later.
 
     `boundary_ratio` is None exactly for one-expert models; such a model uses
-    `guidance_high_noise` at every step. Raises ValueError that begins with the field's name.
+    `guidance_high_noise` at every step. With a `boundary_seed` the noise is drawn anew where the
+    low-noise expert begins: a variant with the high-noise half's composition (solver.renoise).
+    Raises ValueError that begins with the field's name.
     """
 
     width: int
@@ -36,6 +38,7 @@ class VideoParams:
     guidance_high_noise: float
     guidance_low_noise: float
     boundary_ratio: float | None
+    boundary_seed: int | None = None
 
     def __post_init__(self) -> None:
         _require_int("width", self.width, 1, 16384)
@@ -51,6 +54,8 @@ class VideoParams:
         _require_float("guidance_low_noise", self.guidance_low_noise, 0.0, 100.0)
         if self.boundary_ratio is not None:
             _require_float("boundary_ratio", self.boundary_ratio, 0.0, 1.0)
+        if self.boundary_seed is not None:
+            _require_int("boundary_seed", self.boundary_seed, 0, MAX_SEED)
 
     @classmethod
     def for_model(
@@ -72,8 +77,9 @@ class VideoParams:
             given = {"guidance_high_noise": guidance, "guidance_low_noise": guidance} | given
         if config.num_experts == 1:
             _unify_guidance(given)
-            if "boundary_ratio" in given:
-                raise ValueError(f"boundary_ratio has no effect: {config.name} has one expert")
+            for name in ("boundary_ratio", "boundary_seed"):
+                if name in given:
+                    raise ValueError(f"{name} has no effect: {config.name} has one expert")
         defaults = {name: getattr(config, name) for name in _MODEL_DEFAULTS}
         values = {"seed": 0, "solver": "unipc"} | defaults | given
         params = cls(**values)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from wan_model.schedule import Schedule
-from wan_model.state import DenoiseState
+from wan_model.state import DenoiseState, draw_noise
 
 
 def solver_step(
@@ -31,6 +31,15 @@ def predict_x0(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> T
     return state.latents - schedule.sigmas[state.step_index] * noise_pred
 
 
+def renoise(state: DenoiseState, seed: int, schedule: Schedule) -> DenoiseState:
+    """The state's newest x0 prediction under new noise of the same level, (1 - sigma) x0 + sigma
+    noise; the solver begins afresh. What x0 leaves open, at a high sigma the detail, becomes
+    another; needs a step taken before."""
+    sigma, x0 = schedule.sigmas[state.step_index], state.x0_history[0]
+    noise = draw_noise(tuple(x0.shape), seed).to(x0.device)
+    return DenoiseState(latents=(1 - sigma) * x0 + sigma * noise, step_index=state.step_index)
+
+
 def _euler(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> DenoiseState:
     i = state.step_index
     latents = state.latents + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * noise_pred
@@ -40,14 +49,15 @@ def _euler(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> Denoi
 
 
 def _dpmpp_2m(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> DenoiseState:
-    """DPM-Solver++(2M), midpoint form (2211.01095, algorithm 2); first order at both ends."""
+    """DPM-Solver++(2M), midpoint form (2211.01095, algorithm 2); first order without a history and
+    at the last step."""
     i, sigmas = state.step_index, schedule.sigmas
     m0 = predict_x0(state, noise_pred, schedule)
     h = _log_snr(sigmas[i + 1]) - _log_snr(sigmas[i])
     # expm1(-inf) = -1: the last step lands on m0 exactly, the first one may start at sigma 1.
     alpha_phi = (1 - sigmas[i + 1]) * math.expm1(-h)
     latents = (sigmas[i + 1] / sigmas[i]) * state.latents - alpha_phi * m0
-    if 0 < i < schedule.num_steps - 1:
+    if state.x0_history and i < schedule.num_steps - 1:
         h_last = _log_snr(sigmas[i]) - _log_snr(sigmas[i - 1])
         latents = latents - 0.5 * alpha_phi * (h / h_last) * (m0 - state.x0_history[0])
     return DenoiseState(latents=latents, step_index=i + 1, x0_history=(m0,))
@@ -61,7 +71,7 @@ def _unipc(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> Denoi
     i = state.step_index
     m = predict_x0(state, noise_pred, schedule)
     sample = state.latents
-    if i > 0:
+    if state.last_sample is not None:
         sample = _unipc_correct(state, m, schedule)
     x0_history = (m, *state.x0_history[:1])
     return DenoiseState(
@@ -72,9 +82,9 @@ def _unipc(state: DenoiseState, noise_pred: Tensor, schedule: Schedule) -> Denoi
     )
 
 
-def _unipc_order(i: int, num_steps: int) -> int:
-    """2, but 1 at the first and at the last step (there is no history, there is no next one)."""
-    return min(2, i + 1, num_steps - i)
+def _unipc_order(i: int, num_steps: int, num_predictions: int) -> int:
+    """2, but 1 while there is one prediction only, and at the last step."""
+    return min(2, num_predictions, num_steps - i)
 
 
 def _unipc_correct(state: DenoiseState, m: Tensor, schedule: Schedule) -> Tensor:
@@ -85,7 +95,7 @@ def _unipc_correct(state: DenoiseState, m: Tensor, schedule: Schedule) -> Tensor
     phi_1 = math.expm1(-h)
     alpha_phi = (1 - sigmas[i]) * phi_1
     sample = (sigmas[i] / sigmas[i - 1]) * state.last_sample - alpha_phi * m0
-    if _unipc_order(i - 1, schedule.num_steps) == 1:
+    if _unipc_order(i - 1, schedule.num_steps, len(state.x0_history)) == 1:
         return sample - alpha_phi * 0.5 * (m - m0)
     r = (_log_snr(sigmas[i - 2]) - _log_snr(sigmas[i - 1])) / h
     # rho solves [[1, 1], [r, 1]] rho = (phi_2 / B, 2 phi_3 / B) with B = phi_1.
@@ -104,7 +114,7 @@ def _unipc_predict(
     h = _log_snr(sigmas[i + 1]) - _log_snr(sigmas[i])
     alpha_phi = (1 - sigmas[i + 1]) * math.expm1(-h)
     latents = (sigmas[i + 1] / sigmas[i]) * sample - alpha_phi * m0
-    if _unipc_order(i, schedule.num_steps) == 2:
+    if _unipc_order(i, schedule.num_steps, len(x0_history)) == 2:
         r = (_log_snr(sigmas[i - 1]) - _log_snr(sigmas[i])) / h
         latents = latents - alpha_phi * 0.5 / r * (x0_history[1] - m0)
     return latents

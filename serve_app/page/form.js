@@ -12,7 +12,7 @@ const form = $("maker");
 const TEXTS = ["prompt", "negative_prompt", "size", "seed"];
 const NUMBERS = ["num_frames", "num_inference_steps"];
 const SWITCHES = ["prompt_extend", "preview"];
-const OF_THE_SOURCE = ["size", "seed", ...NUMBERS, "preview"]; // what a branch cannot change
+const OF_THE_SOURCE = ["size", ...NUMBERS, "preview"]; // what a branch cannot change
 const IMAGE_NEEDS = {
   t2v: {},
   i2v: { input_reference: "required", last_image: "optional" },
@@ -264,7 +264,7 @@ function describeOrigin() {
   if (origin.kind === "branch") {
     $("origin-title").textContent = "Branch";
     $("origin-text").textContent =
-      "Keeps that video's layout and motion, and makes its detail again from these words.";
+      "Keeps that video's layout and motion, and makes its detail again from these words or another seed.";
     return;
   }
   const { fields, images } = read();
@@ -276,7 +276,7 @@ function describeOrigin() {
 
 export function copyVideoCurl(video) {
   const names = video.branch_from
-    ? ["negative_prompt", "fps", "guidance_scale_2", "cinematography", "branch_from"]
+    ? ["negative_prompt", "seed", "fps", "guidance_scale_2", "cinematography", "branch_from"]
     : [...TEXTS, ...NUMBERS, ...CARRIED, "cinematography", "preview"];
   const fields = { prompt: video.prompt, model: video.model };
   for (const name of [...names, "prompt_extend"]) if (video[name]) fields[name] = video[name];

@@ -12,7 +12,7 @@ from browser import chromium
 from http_service import in_a_thread, resolved
 from PIL import Image
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)  # the first starts the service
 PROMPT = 'a red circle <img src=x onerror="document.title=1"> & a "square"'
 FIRST_FRAME, LAST_FRAME = re.compile("^First frame"), re.compile("^Last frame")
 WAIT_MS = 30_000
@@ -121,7 +121,8 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
     httpx.delete(f"{service.url}/v1/videos/{again['id']}").raise_for_status()
 
     done.get_by_role("button", name="Branch").click()
-    assert page.get_by_label("Seed", exact=True).is_disabled()
+    assert page.get_by_label("Seed", exact=True).input_value() == str(video["seed"])
+    assert page.get_by_label("Steps", exact=True).is_disabled()
     page.get_by_label("Prompt", exact=True).fill("a green circle on this page")
     page.get_by_role("button", name="Make video").click()
     page.get_by_role("heading", name="a green circle on this page").wait_for()

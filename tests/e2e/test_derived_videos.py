@@ -35,14 +35,15 @@ def sdk(service):
         yield client
 
 
-def branched_mp4(folder, first: str, second: str, *, image: bytes | None = None) -> bytes:
+def branched_mp4(folder, first: str, second: str, *, boundary_seed=None, **given) -> bytes:
     """One process: `first` for the high-noise half, `second` for the other."""
     torch.set_num_threads(1)
     config = open_checkpoint(str(folder)).config
-    params = VideoParams.for_model(config, width=64, height=64, num_frames=9, num_steps=6, seed=3)
+    numbers = {"width": 64, "height": 64, "num_frames": 9, "num_steps": 6, "seed": 3}
+    params = VideoParams.for_model(config, boundary_seed=boundary_seed, **numbers)
     state, boundary_step = None, build_schedule(params).boundary_step
     for prompt, to_step in ((first, boundary_step), (second, None)):
-        made = Request(checkpoint=str(folder), prompt=prompt, params=params, image=image)
+        made = Request(checkpoint=str(folder), prompt=prompt, params=params, **given)
         conditioning = encode(made, Placement(), config)
         state = denoise(made, Placement(), conditioning, state=state, to_step=to_step)
     vae = VAEEngine(checkpoint=str(folder), device="cpu")
@@ -88,6 +89,31 @@ def test_a_branch_equals_one_process_that_switches_at_the_boundary(service, chec
     assert min(steps) > 0, "it ran the high-noise half again"
     expected = branched_mp4(checkpoints[model], "a red circle", "a blue square", image=image)
     assert service.content(branch["id"]) == expected
+
+
+def test_a_branch_with_another_seed_into_a_model_with_a_lora(service, checkpoints, style_lora):
+    """One high-noise half, four videos: none of the others runs it again or is another's equal."""
+    source = service.submit("a red circle", model="t2v", **NUMBERS)
+    assert service.wait(source)["status"] == "completed"
+    variants = [{"seed": 4}, {"model": "t2v-style"}, {"model": "t2v-style", "seed": 4}]
+    branches = []
+    for fields in variants:
+        body = {"prompt": "a red circle", "branch_from": source} | fields
+        answer = httpx.post(f"{service.url}/v1/videos", json=body)
+        assert answer.status_code == 200, answer.text
+        branches.append(answer.json()["id"])
+    made = [service.wait(branch) for branch in branches]
+    assert [video["status"] for video in made] == ["completed"] * 3
+    assert all(t["from_step"] > 0 for video in made for t in video["timings"] if t["to_step"])
+    assert [video["seed"] for video in made] == [4, 3, 4]
+    for fields, branch in zip(variants, branches, strict=True):
+        loras = [(str(style_lora), 0.5)] if "model" in fields else []
+        expected = branched_mp4(
+            checkpoints["t2v"], "a red circle", "a red circle",
+            boundary_seed=fields.get("seed"), loras_low_noise=loras,
+        )  # fmt: skip
+        assert service.content(branch) == expected, fields
+    assert len({service.content(video) for video in (source, *branches)}) == 4
 
 
 LONG = {"model": "t2v", "num_inference_steps": 60, "num_frames": 33, "size": "128x128"}

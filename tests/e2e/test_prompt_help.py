@@ -7,7 +7,7 @@ import httpx
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 FEW = {"num_inference_steps": 2}
 
 

@@ -14,7 +14,7 @@ from webhook_receiver import SECRET
 
 from wan_model.media import read_mp4
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 WAN = Path(sys.executable).with_name("wan")
 
 

@@ -130,6 +130,34 @@ def test_two_models_share_the_stages_they_are_told_to():
     assert service.max_gpus == 6
 
 
+def test_a_style_is_one_more_expert_of_a_model():
+    style = {"low_noise_expert": {"lora": [{"path": "style.safetensors"}]}}
+    shared = {"checkpoint": "T", "high_noise_expert_from": "t2v"}
+    service = resolve({"t2v": {"checkpoint": "T"}, "style": shared | style})
+    assert [stage.name for stage in service.stages] == [
+        "TextEncoder", "VAE", "HighNoiseExpert-t2v", "LowNoiseExpert-t2v", "LowNoiseExpert-style",
+    ]  # fmt: skip
+    high = [model.experts[Expert.HIGH_NOISE] for model in service.models.values()]
+    assert high[0] == high[1] and not high[0].lora
+    assert service.experts["LowNoiseExpert-style"].lora[0].path == "style.safetensors"
+    assert service.max_gpus == 5
+
+
+@pytest.mark.parametrize(
+    ("style", "message"),
+    [
+        ({"checkpoint": "U"}, "high_noise_expert_from: t2v has another checkpoint: remove"),
+        ({"revision": "main"}, "high_noise_expert_from: t2v has another checkpoint: remove"),
+        ({"high_noise_expert": {"segment_s": 3}}, "high_noise_expert has no effect beside"),
+        ({"high_noise_expert_from": "style"}, "high_noise_expert_from: style is not another"),
+    ],
+)
+def test_an_expert_cannot_be_shared_with(style, message):
+    shared = {"checkpoint": "T", "high_noise_expert_from": "t2v"}
+    with pytest.raises(ValueError, match=f"models.style.{message}"):
+        resolve({"t2v": {"checkpoint": "T"}, "style": shared | style})
+
+
 def test_models_of_one_checkpoint_share_without_being_told():
     service = resolve({"a": {"checkpoint": "x"}, "b": {"checkpoint": "x"}})
     assert list(service.text_encoders) == ["TextEncoder"]

@@ -146,7 +146,7 @@ async def test_a_branch_costs_its_half_of_the_predicted_time(service, client):
     [
         ("size", "128x128"), ("seconds", 4), ("num_frames", 9), ("num_inference_steps", 21),
         ("guidance_scale", 9), ("flow_shift", 3), ("boundary_ratio", 0.8), ("solver", "euler"),
-        ("seed", 12345), ("preview", True), ("model", "wan-tiny-i2v"), ("guidance_scale_2", 1000),
+        ("preview", True), ("model", "wan-tiny-i2v"), ("guidance_scale_2", 1000),
         ("input_reference", {"image_url": "data:image/png;base64,AAAA"}),
     ],
 )  # fmt: skip
@@ -157,6 +157,19 @@ async def test_what_would_change_the_high_noise_half_is_refused_by_name(
     body = DOG | {"branch_from": source["id"], field: value}
     message = assert_error(await client.post("/v1/videos", json=body), 400, param=field)
     assert field in message
+
+
+async def test_another_seed_is_noise_of_its_own_from_the_boundary_on(service, client):
+    source = await with_state(service, client, seed=1)
+    body = DOG | {"branch_from": source["id"]}
+    made = (await client.post("/v1/videos", json=body | {"seed": 12345})).json()
+    assert made["seed"] == 12345
+    params = (await service.store.get(made["id"])).params
+    assert (params["seed"], params["boundary_seed"]) == (1, 12345)
+    same = (await client.post("/v1/videos", json=body | {"seed": 1})).json()
+    assert (await service.store.get(same["id"])).params["boundary_seed"] is None
+    remixed = await client.post(f"/v1/videos/{made['id']}/remix", json=DOG)
+    assert (await service.store.get(remixed.json()["id"])).params == params
 
 
 async def test_saying_again_what_the_source_has_is_no_change(service, client):

@@ -784,8 +784,8 @@ async def test_an_idempotency_key_belongs_to_its_api_key(guarded):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
         ("GET", "/v1", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/videos/", 404),
         ("GET", "/v1/videos/a/b", 404),
         ("GET", "/v1/models/nobody", 404),

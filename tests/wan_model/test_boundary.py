@@ -15,7 +15,7 @@ from wan_model.engine import ExpertEngine, VAEEngine
 from wan_model.generate import Placement, Request, denoise, encode
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
-from wan_model.state import DenoiseState
+from wan_model.state import DenoiseState, draw_noise
 from wan_model.weights import open_checkpoint
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -93,16 +93,25 @@ def test_a_branch_equals_a_full_run_with_the_same_high_noise_half(folder, config
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_seed_has_no_effect_after_the_noise_is_drawn(config, by_hand, solver):
-    """Why the service refuses another seed for a branch."""
-    params = numbers(config, solver=solver)
-    boundary = boundary_of(params)
-    state = by_hand(params, RED, range(boundary))
-    ends = [
-        by_hand(dataclasses.replace(params, seed=seed), BLUE, range(boundary, 6), state)
-        for seed in (11, 12)
-    ]
-    assert np.array_equal(ends[0]["latents"], ends[1]["latents"])
+def test_a_boundary_seed_is_new_noise_for_the_low_noise_expert(folder, config, by_hand, solver):
+    """Equal in one process, from the stored state, and when a segment ends after any step."""
+    plain = request(folder, config, solver=solver)
+    made = request(folder, config, solver=solver, boundary_seed=12)
+    conditioning = encode(plain, ONE_PROCESS, config)
+    whole = denoise(made, ONE_PROCESS, conditioning)["latents"]
+    boundary = boundary_of(plain.params)
+    state = denoise(plain, ONE_PROCESS, conditioning, to_step=boundary)
+    assert np.array_equal(whole, denoise(made, ONE_PROCESS, conditioning, state=state)["latents"])
+    assert np.array_equal(whole, by_hand(made.params, RED, range(6))["latents"])
+    assert not np.array_equal(whole, by_hand(plain.params, RED, range(6))["latents"])
+    # What the low-noise expert's first step saw: the predicted video under other noise.
+    engine = by_hand.experts[Expert.LOW_NOISE]
+    given = {"params": dataclasses.asdict(made.params), "conditioning": conditioning}
+    engine.open("j", **given, state=state)
+    sigma = build_schedule(made.params).sigmas[boundary]
+    latents = engine.jobs["j"].state.latents.numpy()
+    noise = (latents - (1 - sigma) * state["x0_history.0"]) / sigma
+    assert np.allclose(noise, draw_noise(noise.shape, 12).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
