@@ -26,7 +26,7 @@ serve: setup  ## start the service on http://127.0.0.1:8000 and leave it running
 	$(BIN)/serve run configs/local_tiny.yaml
 
 test: setup  ## run the test suite
-	$(BIN)/python -m pytest
+	PYTHON=$(BIN)/python tests/run.sh
 
 lint: setup  ## check style and formatting
 	$(BIN)/ruff check .

@@ -46,8 +46,9 @@ def service(config: Path, log: Path) -> Iterator[None]:
     command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", "local", str(config)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=heed_sigint,
+        )  # fmt: skip
         try:
             _wait_until_ready(process, log)
             yield
@@ -77,6 +78,11 @@ def _json(answer: httpx.Response) -> dict:
         return answer.json()
     except ValueError:  # Serve's proxy answers in plain text until the app is there
         return {}
+
+
+def heed_sigint() -> None:
+    """In a new process: what a shell starts in the background ignores SIGINT, which stops it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:

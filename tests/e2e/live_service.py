@@ -21,6 +21,8 @@ import httpx
 import psutil
 import yaml
 
+from serve_app.demo import heed_sigint
+
 START_TIMEOUT_S = 240.0
 
 
@@ -82,7 +84,7 @@ class LiveService:
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=self.env,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=heed_sigint,
             )  # fmt: skip
         self.wait_until_ready()
 

@@ -1,7 +1,6 @@
 """Everything killed at once and started again: every accepted job is completed, and the same.
 
-Two starts of a service of its own, on PostgreSQL (on SQLite in the long matrix). The first file of
-this folder, so that the service of the others does not run beside it.
+Two starts of a service of its own, on PostgreSQL (on SQLite in the long matrix).
 """
 
 import pytest
@@ -9,7 +8,7 @@ from live_service import live, service_args
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "a red circle moves"
-JOB = {"num_inference_steps": 60, "num_frames": 33, "size": "256x256"}
+JOB = {"num_inference_steps": 80, "num_frames": 17, "size": "256x256"}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
     page.locator('#service[data-state="ready"]').wait_for()
     before = [each["id"] for each in httpx.get(f"{service.url}/v1/videos").json()["data"]]
     # Long enough for each expert to be seen at work: events come every half second.
-    fill_small(page, PROMPT, steps=100, num_frames=33, model="t2v")
+    fill_small(page, PROMPT, steps=70, num_frames=33, model="t2v")
     page.keyboard.press("Control+Enter")
     video_id = newest(page, other_than=before)
 
@@ -152,6 +152,21 @@ def curl_request(command):
     assert words[0] == "curl"
     assert words[1].endswith("/v1/videos")
     return json.loads(words[words.index("-d") + 1])
+
+
+def test_a_prompt_is_written_out_and_shown_when_that_is_chosen(service, open_page):
+    page = open_page(service.url)
+    fill_small(page, "a cat, written out", steps=2, model="t2v")
+    page.get_by_label("Extend the prompt").check()
+    page.get_by_role("button", name="Make video").click()
+    page.get_by_role("heading", name="a cat, written out").wait_for()
+    video_id = newest(page)
+    done = ended(page, video_id)
+    video = service.get(video_id)
+    assert video["prompt_extend"] and video["revised_prompt"] is not None
+    done.get_by_text("Details").click()
+    facts = " ".join(done.locator("dl").inner_text().split())
+    assert " ".join(video["revised_prompt"].split()) in facts
 
 
 def test_an_image_is_animated_and_a_running_video_cancelled(service, open_page, tmp_path):

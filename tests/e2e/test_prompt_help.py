@@ -73,6 +73,7 @@ def test_cinematography_is_composed_and_a_remix_keeps_it(service):
     assert refused.json()["error"]["param"] == "cinematography.lens"
 
 
+@pytest.mark.chaos
 def test_losing_the_language_models_process_costs_no_job(service):
     service.kill_worker("PromptExtender")
     video = made(service, "a cat", model="t2v", prompt_extend=True)

@@ -1,8 +1,10 @@
-"""Fixtures of the service's tests: a clock that the test moves, and jobs to submit."""
+"""Fixtures of the service's tests: a clock that the test moves, jobs to submit, a service over real
+stores and its HTTP client."""
 
 from __future__ import annotations
 
 import pytest
+from http_service import http_service
 
 from serve_app.jobs import NewJob
 
@@ -40,3 +42,15 @@ def make_new_job():
         return NewJob(**(plain | {"num_steps": 4, "predicted_s": 10.0} | given))
 
     return make
+
+
+@pytest.fixture
+async def service(tmp_path):
+    async with http_service(tmp_path) as service:
+        yield service
+
+
+@pytest.fixture
+async def client(service):
+    async with service.client() as client:
+        yield client

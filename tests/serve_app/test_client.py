@@ -29,12 +29,6 @@ SMALL = ["--size", "64x64", "--num-frames", "5", "--steps", "4"]
 
 
 @pytest.fixture
-async def service(tmp_path):
-    async with http_service(tmp_path) as service:
-        yield service
-
-
-@pytest.fixture
 async def url(service):
     async with on_loopback(service.app) as url:
         yield url

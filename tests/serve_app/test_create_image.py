@@ -18,18 +18,6 @@ CAT = {"prompt": "a cat", "num_inference_steps": 2, "size": "64x32"}
 PATH = "/v1/images/generations"
 
 
-@pytest.fixture
-async def service(tmp_path):
-    async with http_service(tmp_path) as service:
-        yield service
-
-
-@pytest.fixture
-async def client(service):
-    async with service.client() as client:
-        yield client
-
-
 def opened(b64_json: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(b64_json)))
 

@@ -18,18 +18,6 @@ I2V = T2V | {"model": "wan-tiny-i2v"}
 DOG = {"prompt": "a dog"}
 
 
-@pytest.fixture
-async def service(tmp_path):
-    async with http_service(tmp_path) as service:
-        yield service
-
-
-@pytest.fixture
-async def client(service):
-    async with service.client() as client:
-        yield client
-
-
 async def with_state(service, client, **fields) -> dict:
     """A video that has passed its boundary, as a pipeline leaves it."""
     form = {name: str(value) for name, value in (I2V | fields).items()}

@@ -28,18 +28,6 @@ UNKNOWN_ID = "video_" + "f" * 24
 
 
 @pytest.fixture
-async def service(tmp_path):
-    async with http_service(tmp_path) as service:
-        yield service
-
-
-@pytest.fixture
-async def client(service):
-    async with service.client() as client:
-        yield client
-
-
-@pytest.fixture
 async def guarded(tmp_path):
     async with http_service(tmp_path, resolved(api_keys="key-one,key-two")) as service:
         yield service

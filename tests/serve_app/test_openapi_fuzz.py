@@ -1,12 +1,9 @@
 """Requests drawn from /openapi.json, legal and not: no 5xx, and answers are as documented."""
 
-import asyncio
-import threading
-
 import httpx
 import pytest
 import schemathesis
-from http_service import http_service, on_loopback, resolved, working
+from http_service import in_a_thread, resolved
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
@@ -56,30 +53,11 @@ CASES = [(*operation, LEGAL) for operation in OPERATIONS] + [
 
 @pytest.fixture(scope="module")
 def service_url(tmp_path_factory):
-    """The service in a thread of its own: schemathesis asks from this one."""
-    started, stop, urls = threading.Event(), threading.Event(), []
-
-    async def serve() -> None:
-        # A short queue, so that 429 is met too. The worker makes some of the videos.
-        options = resolved(jobs={"max_queued_jobs": 20})
-        async with (
-            http_service(tmp_path_factory.mktemp("fuzz"), options) as service,
-            working(service.store, service.artifacts, step_s=0.001),
-            on_loopback(service.app) as url,
-        ):
-            urls.append(url)
-            started.set()
-            while not stop.is_set():
-                await asyncio.sleep(0.05)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        assert started.wait(timeout=60)
-        yield urls[0]
-    finally:
-        stop.set()
-        thread.join()
+    """The service in a thread of its own: schemathesis asks from this one. A short queue, so that
+    429 is met too; the worker makes some of the videos."""
+    options = resolved(jobs={"max_queued_jobs": 20})
+    with in_a_thread(tmp_path_factory.mktemp("fuzz"), options, step_s=0.001) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+"""The layouts of the headline runs fit their node, and what a kill cost is read off the spans."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.headline import Headline
+from benchmarks.layouts import layouts, recovery, serve_config
+from benchmarks.trace import JobTrace, Span
+from serve_app.config import ServiceConfig
+from wan_model.config import T2V_A14B
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4, 8])
+def test_every_layout_is_a_service_that_fits_the_node(num_gpus):
+    for layout in layouts(num_gpus):
+        assert layout.num_gpus == num_gpus
+        args = serve_config(layout, Path("x"), on_cpu=False)["applications"][0]["args"]
+        service = ServiceConfig.model_validate(args).resolve({"t2v": T2V_A14B}, environ={})
+        assert service.max_gpus <= num_gpus
+        experts = service.experts.values()
+        assert sum(e.max_replicas * e.num_workers for e in experts) == (
+            2 * num_gpus if layout.shared else num_gpus
+        )
+
+
+def test_the_splits_of_eight_are_those_of_the_plan():
+    names = [layout.name for layout in layouts(8)]
+    assert names == ["split 4:4", "8 whole models", "one group", "split 5:3", "split 3:5"]
+
+
+def span(replica: str, at: float, stage: str = "HighNoiseExpert") -> Span:
+    return Span(stage=stage, replica=replica, started_at=at, ended_at=at + 1, busy_s=1)
+
+
+def job(status: str, *timings: Span) -> JobTrace:
+    return JobTrace(
+        id="v", model="t2v", status=status, submitted_at=0, completed_at=9, timings=timings
+    )
+
+
+def test_recovery_ends_when_the_successor_works():
+    jobs = [
+        job("completed", span("a", 1), span("b", 2)),
+        job("completed", span("b", 6), span("c", 8), span("v", 5.5, stage="VAE")),
+        job("failed", span("c", 12)),
+    ]
+    assert recovery(jobs, killed_at=5) == {
+        "num_jobs": 3, "num_lost": 1, "seconds_to_recovery": 3,
+    }  # fmt: skip
+    assert recovery(jobs[:1], killed_at=5)["seconds_to_recovery"] is None
+
+
+def test_the_table_says_what_was_not_done(tmp_path):
+    args = type("Args", (), {"dry_run": True, "folder": tmp_path, "num_gpus": 8,
+                             "output": tmp_path / "x.json", "budget_s": 0.0})()  # fmt: skip
+    headline = Headline(args)
+    headline.box("split 4:4", lambda: pytest.fail("it ran"), limit_s=100)
+    assert "not done: split 4:4: OutOfTime: the run's budget is spent" in headline.table()
