@@ -138,7 +138,7 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
     remix = newest(page)
     ended(page, remix)
     assert service.get(remix)["remixed_from_video_id"] == video_id
-    assert service.get(remix)["num_inference_steps"] == 100
+    assert service.get(remix)["num_inference_steps"] == 70
 
     card(page, remix).get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Delete the video").click()

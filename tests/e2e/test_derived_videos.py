@@ -139,6 +139,7 @@ def test_a_preview_is_there_before_the_video(service, long_video):
     assert set(done["variants"]) == {"video", "thumbnail", "spritesheet", "preview"}
 
 
+@pytest.mark.chaos
 def test_a_branch_with_the_same_words_is_the_same_video_though_its_expert_is_killed(
     service, long_video
 ):
