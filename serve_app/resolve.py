@@ -79,7 +79,9 @@ def _shared(
         return config.models[source].checkpoint, config.models[source].revision
 
     users: dict[tuple[str, str | None], list[str]] = {}
-    for model in config.models:
+    borrows = {name: getattr(model, f"{stage}_from") for name, model in config.models.items()}
+    # Those with weights of their own come first: the deployment has the first one's name.
+    for model in sorted(config.models, key=lambda name: borrows[name] is not None):
         users.setdefault(weights_of(model), []).append(model)
     base = _DEPLOYMENT_NAMES[stage]
     groups, deployment_of = {}, {}

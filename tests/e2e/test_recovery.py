@@ -31,7 +31,7 @@ VICTIMS = [
     pytest.param("replica", "LowNoiseExpert-t2v", 50, id="replica-of-the-running-expert"),
     pytest.param("replica", "Pipeline", 20, id="pipeline"),
     pytest.param("replica", "Ingress", 20, id="ingress"),
-    pytest.param("replica", "TextEncoder-t2v", 1, marks=pytest.mark.chaos, id="text-encoder"),
+    pytest.param("replica", "TextEncoder", 1, marks=pytest.mark.chaos, id="text-encoder"),
     pytest.param("worker", "VAE-t2v", 55, marks=pytest.mark.chaos, id="worker-of-the-vae"),
     pytest.param("replica", "HighNoiseExpert-t2v", 1, marks=pytest.mark.chaos, id="first-step"),
     pytest.param("worker", "LowNoiseExpert-t2v", 59, marks=pytest.mark.chaos, id="last-step"),

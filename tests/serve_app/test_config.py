@@ -130,6 +130,19 @@ def test_two_models_share_the_stages_they_are_told_to():
     assert service.max_gpus == 6
 
 
+def test_a_shared_stage_has_the_name_of_the_model_whose_weights_it_has():
+    service = resolve(
+        {
+            "i2v": {"checkpoint": "I", "vae_from": "t2v"},
+            "t2v": {"checkpoint": "T"},
+            "ti2v": {"checkpoint": "5B"},
+        },
+        {"i2v": I2V_A14B, "t2v": T2V_A14B, "ti2v": TI2V_5B},
+    )
+    assert list(service.vaes) == ["VAE-t2v", "VAE-ti2v"]
+    assert service.models["i2v"].vae == "VAE-t2v"
+
+
 def test_a_style_is_one_more_expert_of_a_model():
     style = {"low_noise_expert": {"lora": [{"path": "style.safetensors"}]}}
     shared = {"checkpoint": "T", "high_noise_expert_from": "t2v"}
