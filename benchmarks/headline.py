@@ -106,7 +106,7 @@ class Headline:
                 self.record.save()
             if kills:
                 jobs, killed_at = layouts.load_and_kill(
-                    cases[0], num_jobs=num_jobs, concurrency=concurrency,
+                    cases[0], num_jobs=3 * num_jobs, concurrency=concurrency,
                     after_s=self.args.kill_after_s, folder=folder,
                 )  # fmt: skip
                 found = layouts.recovery(jobs, killed_at)

@@ -60,7 +60,7 @@ class HttpService:
     async def client(self, **kwargs: Any) -> AsyncIterator[httpx.AsyncClient]:
         transport = httpx.ASGITransport(app=self.app)
         async with httpx.AsyncClient(
-            transport=transport, base_url="http://service", **kwargs
+            transport=transport, base_url="http://service", verify=False, **kwargs
         ) as client:
             yield client
 
