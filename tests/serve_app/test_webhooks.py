@@ -120,6 +120,13 @@ async def test_nothing_is_announced_without_webhooks(database_url, make_new_job)
     await store.close()
 
 
+async def test_a_picture_is_not_announced(store, make_new_job):
+    await store.submit(make_new_job(announced=False))
+    job = await store.claim("w", **CLAIM)
+    assert await store.complete(job.id, job.attempt, artifacts={})
+    assert await waiting(store) == []
+
+
 async def test_an_end_that_cannot_be_announced_does_not_happen(store, run, monkeypatch):
     """One transaction: a job may not be finished with its event lost."""
     job = await run()
