@@ -14,12 +14,7 @@ import torch
 from benchmarks.full_size_experts import random_expert
 from wan_model.checkpoint_writer import save_checkpoint
 from wan_model.config import T2V_A14B, TextEncoderConfig
-from wan_model.tiny.checkpoint import (
-    random_text_encoder,
-    random_vae,
-    tiny_tokenizer,
-    write_tiny_checkpoint,
-)
+from wan_model.tiny.checkpoint import random_text_encoder, random_vae, tiny_tokenizer
 
 
 def write_full_size_checkpoint(folder: Path, *, device: str) -> None:
@@ -39,8 +34,3 @@ def write_full_size_checkpoint(folder: Path, *, device: str) -> None:
         tokenizer=tiny_tokenizer().to_str(),
         dtype=torch.bfloat16,
     )
-
-
-def write_dry_checkpoint(folder: Path) -> None:
-    """The same structure in a size for CPUs."""
-    write_tiny_checkpoint(folder, task=T2V_A14B.name, seed=1, overwrite=True)

@@ -89,7 +89,7 @@ def branch(
     schedule = _check_boundary(source, source_model, params)
     _check_same_networks(source_model, model)
     _check_unchanged(source, request, params, model)
-    params = _branched_params(request, params)
+    params = branched_params(request, params)
     _check_limits(model, params)
     job_id = new_job_id()
     state = f"{job_id}/boundary-0.safetensors"  # attempts count from 1
@@ -234,12 +234,14 @@ def _high_noise_half(
         yield field, theirs, getattr(request, field) in (None, theirs)
 
 
-def _branched_params(request: CreateVideo, params: VideoParams) -> VideoParams:
+def branched_params(request: CreateVideo, params: VideoParams) -> VideoParams:
+    """The source's numbers with what a branch may change."""
     changes = {"guidance_low_noise": request.guidance_scale_2, "fps": request.fps}
-    if request.seed not in (params.seed, params.boundary_seed):
-        changes["boundary_seed"] = request.seed
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if request.seed is not None:  # the first noise's own seed means that noise again
+        changes["boundary_seed"] = None if request.seed == params.seed else request.seed
     try:
-        return dataclasses.replace(params, **{k: v for k, v in changes.items() if v is not None})
+        return dataclasses.replace(params, **changes)
     except ValueError as error:
         message = str(error).replace("guidance_low_noise", "guidance_scale_2")
         raise InvalidRequest(message, param=message.split(maxsplit=1)[0]) from error

@@ -73,20 +73,15 @@ def _shared(
     config: ServiceConfig, stage: SharedStage, wan_configs: Mapping[str, WanConfig]
 ) -> tuple[Groups, dict[str, str]]:
     """The deployments of a stage, one per distinct weights, and which of them a model uses."""
-
-    def weights_of(model: str) -> tuple[str, str | None]:
-        source = _source(config, model, stage, wan_configs)
-        return config.models[source].checkpoint, config.models[source].revision
-
     users: dict[tuple[str, str | None], list[str]] = {}
-    borrows = {name: getattr(model, f"{stage}_from") for name, model in config.models.items()}
-    # Those with weights of their own come first: the deployment has the first one's name.
-    for model in sorted(config.models, key=lambda name: borrows[name] is not None):
-        users.setdefault(weights_of(model), []).append(model)
+    source_of = {name: _source(config, name, stage, wan_configs) for name in config.models}
+    for name, source in source_of.items():
+        weights = config.models[source].checkpoint, config.models[source].revision
+        users.setdefault(weights, []).append(name)
     base = _DEPLOYMENT_NAMES[stage]
     groups, deployment_of = {}, {}
     for (checkpoint, revision), models in users.items():
-        name = base if len(users) == 1 else f"{base}-{models[0]}"
+        name = base if len(users) == 1 else f"{base}-{source_of[models[0]]}"
         groups[name] = StageGroups(
             name=name,
             checkpoint=checkpoint,
@@ -119,10 +114,8 @@ def _source(
 
 
 def _check_same_expert(config: ServiceConfig, name: str, stage: SharedStage, where: str) -> None:
-    model, source = (
-        config.models[name],
-        config.models[getattr(config.models[name], f"{stage}_from")],
-    )
+    model = config.models[name]
+    source = config.models[getattr(model, f"{stage}_from")]
     if model.has(stage):
         raise ValueError(f"models.{name}.{stage} has no effect beside {stage}_from: remove one")
     if (model.checkpoint, model.revision) != (source.checkpoint, source.revision):

@@ -55,5 +55,5 @@ def test_the_table_says_what_was_not_done(tmp_path):
     args = type("Args", (), {"dry_run": True, "folder": tmp_path, "num_gpus": 8,
                              "output": tmp_path / "x.json", "budget_s": 0.0})()  # fmt: skip
     headline = Headline(args)
-    headline.box("split 4:4", lambda: pytest.fail("it ran"), limit_s=100)
+    headline.record.case("split 4:4", lambda: pytest.fail("it ran"), limit_s=100)
     assert "not done: split 4:4: OutOfTime: the run's budget is spent" in headline.table()

@@ -77,6 +77,16 @@ def ended(page, video_id):
     return done
 
 
+def derived(page, prompt):
+    """The id of the completed video that the form, filled from another one, made of this prompt."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name="Make video").click()
+    page.get_by_role("heading", name=prompt).wait_for()
+    video_id = newest(page)
+    ended(page, video_id)
+    return video_id
+
+
 def plays(player):
     """Whether a <video> has gone on: the seconds played move."""
     return player.evaluate(
@@ -123,20 +133,12 @@ def test_a_whole_job_from_the_prompt_to_remix_and_deletion(service, open_page):
     done.get_by_role("button", name="Branch").click()
     assert page.get_by_label("Seed", exact=True).input_value() == str(video["seed"])
     assert page.get_by_label("Steps", exact=True).is_disabled()
-    page.get_by_label("Prompt", exact=True).fill("a green circle on this page")
-    page.get_by_role("button", name="Make video").click()
-    page.get_by_role("heading", name="a green circle on this page").wait_for()
-    branch = newest(page)
-    ended(page, branch)
+    branch = derived(page, "a green circle on this page")
     assert service.get(branch)["branch_from"] == video_id
 
     done.get_by_role("button", name="Remix").click()
     page.get_by_text("Same image and settings with another prompt").wait_for()
-    page.get_by_label("Prompt", exact=True).fill("a teal square on this page")
-    page.get_by_role("button", name="Make video").click()
-    page.get_by_role("heading", name="a teal square on this page").wait_for()
-    remix = newest(page)
-    ended(page, remix)
+    remix = derived(page, "a teal square on this page")
     assert service.get(remix)["remixed_from_video_id"] == video_id
     assert service.get(remix)["num_inference_steps"] == 70
 

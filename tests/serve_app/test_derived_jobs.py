@@ -7,6 +7,8 @@ import pytest
 from http_service import WAN_CONFIGS, http_service, picture, resolved
 from test_ingress import CAT, UNKNOWN_ID, assert_error, created, finish_next
 
+from serve_app import derived_jobs
+from serve_app.create_video import CreateVideo
 from wan_model.config import WAN_TINY
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
@@ -156,6 +158,9 @@ async def test_another_seed_is_noise_of_its_own_from_the_boundary_on(service, cl
     assert (params["seed"], params["boundary_seed"]) == (1, 12345)
     same = (await client.post("/v1/videos", json=body | {"seed": 1})).json()
     assert (await service.store.get(same["id"])).params["boundary_seed"] is None
+    for seed, expected in ((None, 12345), (12345, 12345), (1, None), (7, 7)):  # branches of it
+        again = derived_jobs.branched_params(CreateVideo(**DOG, seed=seed), VideoParams(**params))
+        assert (again.seed, again.boundary_seed) == (1, expected)
     remixed = await client.post(f"/v1/videos/{made['id']}/remix", json=DOG)
     assert (await service.store.get(remixed.json()["id"])).params == params
 

@@ -43,7 +43,7 @@ def assert_error(answer: httpx.Response, status: int, *, param=None, code=None) 
     assert body["error"]["param"] == param
     if code is not None:
         assert body["error"]["code"] == code
-    assert "/root" not in answer.text and "/tmp" not in answer.text
+    assert "/srv" not in answer.text and "/tmp" not in answer.text
     return body["error"]["message"]
 
 
@@ -122,7 +122,7 @@ async def test_an_answer_to_a_post_says_queued_even_when_a_worker_was_quicker(se
 async def test_a_failed_job_is_a_200_that_says_why(service, client):
     video = await created(client)
     job = await service.store.claim("worker", lease_s=30, max_attempts=1)
-    message = "the group of '/root/x/y' died"
+    message = "the group of '/srv/x/y' died"
     await service.store.fail(job.id, job.attempt, code="too_many_attempts", message=message)
     answer = await client.get(f"/v1/videos/{video['id']}")
     assert answer.status_code == 200
@@ -818,7 +818,7 @@ class SilentStore(JobStore):
         pass
 
     async def _fail(self, *args, **kwargs):
-        raise StoreUnavailable("cannot open /root/data/jobs.sqlite")
+        raise StoreUnavailable("cannot open /srv/data/jobs.sqlite")
 
     get = list = submit = queue_size = _fail
 
@@ -837,7 +837,7 @@ async def test_a_store_that_does_not_answer_is_a_503(tmp_path):
 
 async def test_an_unexpected_failure_is_a_500_with_the_logs_request_id(tmp_path, caplog):
     async def broken():
-        raise RuntimeError("secret of /root/data")
+        raise RuntimeError("secret of /srv/data")
 
     async with http_service(tmp_path, readiness=broken) as service, service.client() as client:
         with caplog.at_level(logging.ERROR):
@@ -845,7 +845,7 @@ async def test_an_unexpected_failure_is_a_500_with_the_logs_request_id(tmp_path,
     message = assert_error(answer, 500, code="internal_error")
     request_id = answer.headers["x-request-id"]
     assert request_id in message and "secret" not in message
-    assert request_id in caplog.text and "secret of /root/data" in caplog.text
+    assert request_id in caplog.text and "secret of /srv/data" in caplog.text
 
 
 async def test_every_answer_has_its_own_request_id(client):

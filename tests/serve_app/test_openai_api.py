@@ -255,7 +255,7 @@ def test_a_cancelled_job_is_failed_with_the_code_cancelled():
 
 
 def test_a_failure_does_not_show_the_servers_paths():
-    message = "cannot read '/root/data/artifacts/video_1/x.mp4': gone (2/3 parts, see http://h/doc)"
+    message = "cannot read '/srv/data/artifacts/video_1/x.mp4': gone (2/3 parts, see http://h/doc)"
     got = answer(status="failed", error_code="oops", error_message=message)
     assert got.error.message == "cannot read '(path)': gone (2/3 parts, see http://h/doc)"
 
