@@ -1,7 +1,8 @@
-"""What a lower precision changes in the videos of a trained model, beside float32.
+"""What a lower precision or step reuse changes in the videos of a trained model, beside float32.
 
-Owns the precisions that are compared and the measures: relative error of a forward and of a whole
-trajectory, PSNR and SSIM of the frames, and what the judge sees. The noise is the same everywhere.
+Owns the precisions and thresholds that are compared and the measures: relative error of a forward
+and of a whole trajectory, PSNR and SSIM of the frames, and what the judge sees. The noise is the
+same everywhere.
 Runs on a CPU, where fp8 is emulated: the same fp8 numbers, multiplied in float32.
 
     python -m benchmarks.quality --output benchmarks/results/quality.json
@@ -13,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import machine
+from wan_model.engine import ExpertEngine, TextEncoderEngine
 from wan_model.fp8 import quantise_blocks
 from wan_model.parallel import SequenceParallel
 from wan_model.params import VideoParams
@@ -33,6 +35,7 @@ from wan_model.tiny.score import load_models
 from wan_model.tiny.train_vae import decode_to_frames
 
 PRECISIONS = ("float32", "bf16", "fp8")
+CACHES = (0.03, 0.07)  # reuse about a quarter and a half of 40 steps
 SEED = 3 << 32
 
 
@@ -107,8 +110,35 @@ def one_forward(models: Models, prompt_embeds: Sequence[Tensor], latents: Tensor
     return torch.stack(predictions)
 
 
+def sample_with_cache(
+    checkpoint: str, prompts: Sequence[str], num_steps: int, threshold: float, device: str
+) -> tuple[Tensor, float]:
+    """(latents [B, Z, T, H, W] float32, share of the steps that were reused), by the engines of the
+    service one video after another: each decides for itself."""
+    where = {"checkpoint": checkpoint, "device": device, "dtype": "float32"}
+    text = TextEncoderEngine(**where)
+    config = load_models(checkpoint, device=device, dtype=torch.float32).config
+    experts = {expert: ExpertEngine(**where, expert=expert.value) for expert in config.experts}
+    latents, num_reused = [], 0
+    for i, prompt in enumerate(prompts):
+        embeds = text.encode([prompt, config.negative_prompt])
+        conditioning = dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+        params = VideoParams.for_model(config, num_steps=num_steps, seed=SEED + i, cache=threshold)
+        schedule, state = build_schedule(params), None
+        while state is None or int(state["step_index"]) < num_steps:
+            step = 0 if state is None else int(state["step_index"])
+            engine = experts[schedule.expert_at(step)]
+            engine.open("v", params=asdict(params), conditioning=conditioning, state=state)
+            for _ in range(step, schedule.end_of(step)):
+                num_reused += engine.step("v")["reused"]
+            state = engine.export("v")
+        latents.append(torch.from_numpy(state["latents"]))
+    return torch.stack(latents).to(device), num_reused / (num_steps * len(prompts))
+
+
 def measure(checkpoint: str, clips: Sequence[Clip], num_steps: int, device: str) -> list[dict]:
-    """A row per precision; the last is the decoder in bfloat16 on the exact latents."""
+    """A row per precision and per threshold of step reuse; the last is the decoder in bfloat16 on
+    the exact latents."""
     workers, rows = ClipWorkers(0), []
     exact: dict[str, object] = {}
     prompts, scenes = [clip.caption for clip in clips], [clip.scene for clip in clips]
@@ -129,7 +159,16 @@ def measure(checkpoint: str, clips: Sequence[Clip], num_steps: int, device: str)
         row["forward_error"] = relative_rms(forward, exact["forward"])
         row["trajectory_error"] = relative_rms(latents, exact["latents"])
         rows.append(row | compare_videos(videos, exact["videos"]) | workers.score(scenes, videos))
-    vae = load_models(checkpoint, device=device, dtype=torch.float32).vae.to(torch.bfloat16)
+    vae = load_models(checkpoint, device=device, dtype=torch.float32).vae
+    for threshold in CACHES:
+        started = time.perf_counter()
+        latents, reused = sample_with_cache(checkpoint, prompts, num_steps, threshold, device)
+        row = {"precision": "float32", "cache": threshold, "num_steps": num_steps}
+        row |= {"seconds": time.perf_counter() - started, "reused": reused}
+        row["trajectory_error"] = relative_rms(latents, exact["latents"])
+        videos = decode_to_frames(vae, latents)
+        rows.append(row | compare_videos(videos, exact["videos"]) | workers.score(scenes, videos))
+    vae = vae.to(torch.bfloat16)
     videos = decode_to_frames(vae.hold_channels_together(), exact["latents"])
     row = {"precision": "float32, VAE bf16", "num_steps": num_steps}
     rows.append(row | compare_videos(videos, exact["videos"]) | workers.score(scenes, videos))

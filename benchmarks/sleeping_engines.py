@@ -81,7 +81,7 @@ class ExpertEngine:
         time.sleep(self.step_s)
         state = self.states[job_id]
         state["step_index"] = np.asarray(int(state["step_index"]) + 1, np.int64)
-        return {"step_index": int(state["step_index"]), "seconds": self.step_s}
+        return {"step_index": int(state["step_index"]), "seconds": self.step_s, "reused": False}
 
     def export(self, job_id: str) -> Arrays:
         return self.states[job_id]

@@ -27,7 +27,7 @@ from benchmarks.gpu_timing import (
 )
 from wan_model.checkpoint_config import vae_to_diffusers
 from wan_model.checkpoint_keys import vae_slots
-from wan_model.config import T2V_A14B, TI2V_5B, WanConfig
+from wan_model.config import T2V_A14B, TI2V_5B, VAEConfig, WanConfig
 from wan_model.params import VideoParams
 from wan_model.vae import WanVAE
 
@@ -56,6 +56,21 @@ ORDER = (  # most important first
     ("2.1 1280x720x81", "ours", torch.bfloat16, False, 1),
 )
 PARTS = ("decode", "errors", "profile", "convolutions")
+
+
+def random_vae(config: VAEConfig, dtype: torch.dtype, device: str) -> WanVAE:
+    with torch.device("meta"):
+        vae = WanVAE(config)
+    vae = vae.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in vae.named_parameters():
+        if "gamma" in name:
+            parameter.fill_(1.0)
+        elif parameter.dim() < 2:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    return vae
 
 
 class Bench:
@@ -102,18 +117,7 @@ class Bench:
     # --------------------------------------------------------------------------- decoding
 
     def network(self, config: WanConfig, dtype: torch.dtype) -> WanVAE:
-        with torch.device("meta"):
-            vae = WanVAE(config.vae)
-        vae = vae.to_empty(device=self.device).to(dtype).eval().requires_grad_(False)
-        generator = torch.Generator(self.device).manual_seed(0)
-        for name, parameter in vae.named_parameters():
-            if "gamma" in name:
-                parameter.fill_(1.0)
-            elif parameter.dim() < 2:
-                parameter.normal_(std=0.02, generator=generator)
-            else:
-                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        return vae
+        return random_vae(config.vae, dtype, self.device)
 
     def latents(self, case: str) -> Tensor:
         config, width, height = CASES[case]

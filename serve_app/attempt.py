@@ -191,9 +191,9 @@ class Attempt:
         return max(1, round(self.stages.segment_s[expert] / step_s)) if step_s else 1
 
     def _learn_step_s(self, expert: str, report: StageReport) -> None:
-        self.pipeline.step_s[self._step_key(expert)] = max(
-            1e-3, report.busy_s / (report.to_step - report.from_step)
-        )
+        num_computed = report.to_step - report.from_step - report.num_reused
+        if num_computed:
+            self.pipeline.step_s[self._step_key(expert)] = max(1e-3, report.busy_s / num_computed)
 
     def _step_key(self, expert: str) -> tuple[str, str, int]:
         return self.job.model, expert, self.params.num_tokens(self.stages.served.config)

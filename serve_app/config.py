@@ -126,6 +126,7 @@ class ModelDefaults(_Options):
     boundary_ratio: float | None = Field(default=None, ge=0, le=1)
     negative_prompt: str | None = None
     solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    cache: float | None = Field(default=None, gt=0, le=1)
 
 
 class ModelConfig(_Options):

@@ -54,6 +54,7 @@ class CreateImage(BaseModel):
     flow_shift: float | None = Field(None, gt=0)
     boundary_ratio: float | None = Field(None, ge=0, le=1)
     solver: Solver | None = None
+    cache: float | None = Field(None, ge=0, le=1)
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     user: Text | None = Field(None, max_length=256)
 

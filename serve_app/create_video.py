@@ -107,6 +107,9 @@ class CreateVideo(BaseModel):
     flow_shift: float | None = Field(None, gt=0)
     boundary_ratio: float | None = Field(None, ge=0, le=1)
     solver: Solver | None = None
+    cache: float | None = Field(
+        None, ge=0, le=1, description="Reuse steps that change less than this, as 0.05; 0: none"
+    )
     priority: int | None = Field(
         0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher goes first"
     )
@@ -204,6 +207,7 @@ def video_params(
             solver=request.solver or model.default_solver,
             shift=request.flow_shift,
             boundary_ratio=request.boundary_ratio,
+            cache=(model.default_cache if request.cache is None else request.cache) or None,
         )
         model.check_limits(params)
     except ValueError as error:

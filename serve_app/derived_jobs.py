@@ -232,6 +232,7 @@ def _high_noise_half(
     ):
         theirs = getattr(params, name)
         yield field, theirs, getattr(request, field) in (None, theirs)
+    yield "cache", params.cache or 0, request.cache in (None, params.cache or 0)
 
 
 def branched_params(request: CreateVideo, params: VideoParams) -> VideoParams:

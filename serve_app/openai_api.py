@@ -37,7 +37,7 @@ class Timing(BaseModel):
     """One stage's work on a video; an expert's covers the steps [from_step, to_step). Unix seconds.
 
     The wait for the stage lies between two of these. `busy_s` is the work alone: an expert may have
-    served a more urgent video between two steps.
+    served a more urgent video between two steps. `num_reused` of the steps were not computed.
     """
 
     stage: str
@@ -47,19 +47,20 @@ class Timing(BaseModel):
     busy_s: float
     from_step: int
     to_step: int
+    num_reused: int = 0
 
 
 class Video(BaseModel):
     """A video job. After `remixed_from_video_id` follow this service's own fields.
 
     `seconds` is the time from the first frame to the last, (num_frames - 1) / fps.
-    `queue_position` counts the jobs before this one and is null in lists; `seconds_left` is an
-    estimate; `prompt` is what the client wrote, `revised_prompt` what the model is given instead
-    (cinematography composed in, extended), `prompt_note` why it was not extended although asked
-    for; `variants` names the files that can be downloaded now, `preview` among them before the end;
-    `can_branch` says whether `branch_from` may name this video; `timings` is there once it is
-    completed. Numbers are null when another version of the service made the video and this one does
-    not understand them.
+    `cache` is 0 when every step is computed. `queue_position` counts the jobs before this one and
+    is null in lists; `seconds_left` is an estimate; `prompt` is what the client wrote,
+    `revised_prompt` what the model is given instead (cinematography composed in, extended),
+    `prompt_note` why it was not extended although asked for; `variants` names the files that can be
+    downloaded now, `preview` among them before the end; `can_branch` says whether `branch_from` may
+    name this video; `timings` is there once it is completed. Numbers are null when another version
+    of the service made the video and this one does not understand them.
     """
 
     id: str
@@ -90,6 +91,7 @@ class Video(BaseModel):
     flow_shift: float | None
     boundary_ratio: float | None
     solver: str | None
+    cache: float | None
     priority: int
     user: str | None
     branch_from: str | None
@@ -209,6 +211,7 @@ def video(job: Job, *, queue_position: int | None, seconds_left: float | None) -
         flow_shift=params["shift"],
         boundary_ratio=params["boundary_ratio"],
         solver=params["solver"],
+        cache=params["cache"] or 0,
         priority=job.priority,
         user=job.user,
         branch_from=job.branch_from,

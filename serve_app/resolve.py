@@ -123,7 +123,7 @@ def _check_same_expert(config: ServiceConfig, name: str, stage: SharedStage, whe
 
 
 def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -> ServedModel:
-    given = model.defaults.model_dump(exclude_none=True, exclude={"solver"})
+    given = model.defaults.model_dump(exclude_none=True, exclude={"solver", "cache"})
     if row.num_experts == 1 and "boundary_ratio" in given:
         raise ValueError(f"models.{name}.defaults.boundary_ratio has no effect on one expert")
     config = replace(row, **given)
@@ -133,6 +133,7 @@ def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -
         config=config,
         created=created,
         default_solver=model.defaults.solver,
+        default_cache=model.defaults.cache,
         max_area=config.width * config.height if max_area == "auto" else max_area,
         max_num_frames=2 * config.num_frames if max_num_frames == "auto" else max_num_frames,
         max_num_steps=model.max_num_steps,

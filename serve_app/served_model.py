@@ -37,6 +37,7 @@ class ServedModel:
     config: WanConfig
     created: int
     default_solver: str
+    default_cache: float | None
     max_area: int
     max_num_frames: int
     max_num_steps: int

@@ -11,6 +11,7 @@ Fixtures
     postgres_server, database_url       see postgres.py
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -35,7 +36,16 @@ if not Path("/dev/nvidiactl").exists():
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores are at work already
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray would start idle workers, one a CPU, of which few are ever used. It reads this name as it is.
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112
 os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_collection_finish():
+    """What was imported stays: a collection of garbage need not walk through it, a fifth of a
+    second each time, and a video in this process collects several times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

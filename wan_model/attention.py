@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -28,6 +29,9 @@ WithLSE = tuple[Tensor, Tensor]
 
 FEW_KEYS = 512
 """With a text's keys cuDNN is 1.5 times as fast as FlashAttention 4 on an H200."""
+
+WIDE_TILES = {"tile_mn": (192, 128), "mma_pv_is_rs": False, "num_threads": 512}
+"""Of FlashAttention 4 at head_dim 128 on an H200: 2.6 % less time than its own choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +208,22 @@ def _flash_attn_with_lse(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> With
 
 
 def _flash_attn_4(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-    out = _import("flash_attn_4").flash_attn_func(q_BLHD, k_BSHD, v_BSHD)
+    package = _import("flash_attn_4")
+    if q_BLHD.shape[3] == 128 and _takes_wide_tiles(q_BLHD.device):
+        return package.interface._flash_attn_fwd(q_BLHD, k_BSHD, v_BSHD, **WIDE_TILES)[0]
+    out = package.flash_attn_func(q_BLHD, k_BSHD, v_BSHD)
     return out[0] if isinstance(out, tuple) else out
+
+
+@functools.cache
+def _takes_wide_tiles(device: torch.device) -> bool:
+    """On Hopper, and where this version of the package lets its tiles be chosen."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    function = getattr(_import("flash_attn_4").interface, "_flash_attn_fwd", None)
+    return (
+        function is not None and WIDE_TILES.keys() <= inspect.signature(function).parameters.keys()
+    )
 
 
 def _flash_attn_4_with_lse(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> WithLSE:

@@ -34,6 +34,7 @@ from wan_model.rows import divide_rows, is_first_rank
 from wan_model.schedule import Schedule, build_schedule
 from wan_model.solver import renoise, solver_step
 from wan_model.state import Arrays, Conditioning, DenoiseState, draw_noise
+from wan_model.step_reuse import Reuse, predict_velocity, remember
 from wan_model.transformer import TextContext, WanTransformer
 from wan_model.weights import open_checkpoint
 
@@ -222,16 +223,21 @@ class ExpertEngine:
 
     @torch.inference_mode()
     def step(self, job_id: str) -> dict[str, Any]:
-        """One denoising step. Returns the next step_index and this step's seconds."""
+        """One denoising step. Returns the next step_index, this step's seconds, and whether an
+        earlier step's prediction was reused instead of computing one."""
         started = time.perf_counter()
         job = self.jobs[job_id]
-        noise_pred = self._predict(job)
+        noise_pred, reuse, reused = self._predict_or_reuse(job)
         state = solver_step(job.params.solver, job.state, noise_pred, job.schedule)
+        # What one expert found says nothing about the other.
+        if state.step_index < job.schedule.end_of(job.state.step_index):
+            state = replace(state, reuse=reuse)
         state = _impose_first_frame(state, job.conditioning)
         self.jobs[job_id] = replace(job, state=state)
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return {"step_index": state.step_index, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        return {"step_index": state.step_index, "seconds": seconds, "reused": reused}
 
     def export(self, job_id: str) -> Arrays:
         """The job's DenoiseState; equal on every rank."""
@@ -246,6 +252,18 @@ class ExpertEngine:
             raise ValueError(f"{self.config.name} needs an image")
         if not self.config.needs_image and conditioning.image_channels is not None:
             raise ValueError(f"{self.config.name} takes no image channels")
+
+    def _predict_or_reuse(self, job: OpenJob) -> tuple[Tensor, Reuse | None, bool]:
+        """(guided velocity, the memory for the next step, whether no forward was needed)."""
+        threshold, state = job.params.cache, job.state
+        where = {"step_index": state.step_index, "schedule": job.schedule}
+        reused = predict_velocity(state.reuse, state.latents, threshold=threshold, **where)
+        if reused is not None:
+            return reused, state.reuse, True
+        noise_pred = self._predict(job)
+        if threshold is None:
+            return noise_pred, None, False
+        return noise_pred, remember(state.reuse, state.latents, noise_pred, **where), False
 
     def _predict(self, job: OpenJob) -> Tensor:
         """The guided velocity [C, T, H, W]: uncond + guidance (cond - uncond), float32."""

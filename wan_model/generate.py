@@ -267,6 +267,7 @@ def _request(args: argparse.Namespace, processes: Processes) -> Request:
         guidance_low_noise=args.guidance_low_noise,
         boundary_ratio=args.boundary_ratio,
         boundary_seed=args.boundary_seed,
+        cache=args.cache,
     )
     if args.lora_low_noise and config.num_experts == 1:
         raise ValueError(f"--lora-low-noise has no effect: {config.name} has one expert")
@@ -353,6 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--guidance-low-noise", type=float)
     add("--boundary-ratio", type=float)
     add("--boundary-seed", type=int, help="new noise for the low-noise expert: a variant")
+    add("--cache", type=float, metavar="THRESHOLD", help="reuse steps that change less, as 0.05")
     lora = {"type": _lora, "action": "append", "default": [], "metavar": "FILE[:STRENGTH]"}
     add("--lora-high-noise", **lora, help="may be repeated; the only expert's LoRA on TI2V")
     add("--lora-low-noise", **lora)

@@ -24,6 +24,8 @@ class VideoParams:
     `boundary_ratio` is None exactly for one-expert models; such a model uses
     `guidance_high_noise` at every step. With a `boundary_seed` the noise is drawn anew where the
     low-noise expert begins: a variant with the high-noise half's composition (solver.renoise).
+    `cache` is the relative change of an expert's prediction below which a step is reused instead
+    of computed (step_reuse); None computes every step.
     Raises ValueError that begins with the field's name.
     """
 
@@ -39,6 +41,7 @@ class VideoParams:
     guidance_low_noise: float
     boundary_ratio: float | None
     boundary_seed: int | None = None
+    cache: float | None = None
 
     def __post_init__(self) -> None:
         _require_int("width", self.width, 1, 16384)
@@ -56,6 +59,10 @@ class VideoParams:
             _require_float("boundary_ratio", self.boundary_ratio, 0.0, 1.0)
         if self.boundary_seed is not None:
             _require_int("boundary_seed", self.boundary_seed, 0, MAX_SEED)
+        if self.cache is not None:
+            _require_float("cache", self.cache, 0.0, 1.0)
+            if self.cache == 0:
+                raise ValueError("cache must be more than 0: leave it out to compute every step")
 
     @classmethod
     def for_model(

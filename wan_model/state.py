@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wan_model.step_reuse import Reuse
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -49,12 +51,14 @@ class DenoiseState:
     x0_history: the x0 predictions of the last steps, newest first (at most 2; after any step at
     least the newest, whatever the solver).
     last_sample: the corrected sample UniPC predicted from at the last step.
+    reuse: with `cache`, what the expert's last computed step found; solvers do not pass it on.
     """
 
     latents: Tensor
     step_index: int = 0
     x0_history: tuple[Tensor, ...] = ()
     last_sample: Tensor | None = None
+    reuse: Reuse | None = None
 
     def to_arrays(self) -> Arrays:
         arrays = {
@@ -65,6 +69,8 @@ class DenoiseState:
             arrays[f"x0_history.{k}"] = _to_array(x0)
         if self.last_sample is not None:
             arrays["last_sample"] = _to_array(self.last_sample)
+        if self.reuse is not None:
+            arrays |= _reuse_to_arrays(self.reuse)
         return arrays
 
     @classmethod
@@ -77,7 +83,32 @@ class DenoiseState:
             step_index=int(arrays["step_index"]),
             x0_history=tuple(_to_tensor(arrays[name], device) for name in history),
             last_sample=None if last_sample is None else _to_tensor(last_sample, device),
+            reuse=_reuse_from_arrays(arrays, device),
         )
+
+
+def _reuse_to_arrays(reuse: Reuse) -> Arrays:
+    arrays = {"reuse.step_index": np.asarray(reuse.step_index, dtype=np.int64)}
+    for name in ("latents", "velocity", "slope"):
+        if getattr(reuse, name) is not None:
+            arrays[f"reuse.{name}"] = _to_array(getattr(reuse, name))
+    if reuse.sensitivity is not None:
+        arrays["reuse.sensitivity"] = np.asarray(reuse.sensitivity, dtype=np.float64)
+    return arrays
+
+
+def _reuse_from_arrays(arrays: Arrays, device: torch.device | str) -> Reuse | None:
+    fields = {
+        name.removeprefix("reuse."): array
+        for name, array in arrays.items()
+        if name.startswith("reuse.")
+    }
+    numbers = {"step_index": int, "sensitivity": float}
+    values = {
+        name: numbers[name](array) if name in numbers else _to_tensor(array, device)
+        for name, array in fields.items()
+    }
+    return Reuse(**values) if values else None
 
 
 def draw_noise(shape: tuple[int, int, int, int], seed: int) -> Tensor:

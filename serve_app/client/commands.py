@@ -94,6 +94,9 @@ def generate(
         float | None, typer.Option(help="Where the low-noise expert takes over.")
     ] = None,
     solver: Annotated[str | None, typer.Option(help="unipc, dpm++ or euler.")] = None,
+    cache: Annotated[
+        float | None, typer.Option(help="Reuse steps that change less than this, as 0.05.")
+    ] = None,
     priority: Annotated[int | None, typer.Option(help="Higher goes first.")] = None,
     field: Annotated[
         list[str] | None,
@@ -133,6 +136,7 @@ def generate(
             "flow_shift": shift,
             "boundary_ratio": boundary_ratio,
             "solver": solver,
+            "cache": cache,
             "priority": priority,
             "prompt_extend": prompt_extend or None,
             "input_reference": image and image_reference(image),

@@ -21,6 +21,7 @@ const IMAGE_NEEDS = {
 // What a video's answer says that the form has no field for: a repeat must not lose it.
 const CARRIED = [
   "fps", "guidance_scale", "guidance_scale_2", "flow_shift", "boundary_ratio", "solver",
+  "cache",
 ];
 
 let models = [];

@@ -323,10 +323,10 @@ def test_keys_that_hold_no_key_do_not_open_the_service():
 
 
 def test_a_models_defaults_replace_its_rows():
-    model = {"checkpoint": "x", "defaults": {"num_steps": 4, "solver": "euler", "shift": 3.0}}
+    model = {"checkpoint": "x", "defaults": {"num_steps": 4, "solver": "euler", "cache": 0.1}}
     served = resolve({"m": model}).served_models["m"]
-    assert served.config == replace(WAN_TINY, num_steps=4, shift=3.0)
-    assert served.default_solver == "euler"
+    assert served.config == replace(WAN_TINY, num_steps=4)
+    assert (served.default_solver, served.default_cache) == ("euler", 0.1)
 
 
 def test_limits_follow_the_defaults_unless_stated():

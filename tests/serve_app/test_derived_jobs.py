@@ -136,6 +136,7 @@ async def test_a_branch_costs_its_half_of_the_predicted_time(service, client):
     [
         ("size", "128x128"), ("seconds", 4), ("num_frames", 9), ("num_inference_steps", 21),
         ("guidance_scale", 9), ("flow_shift", 3), ("boundary_ratio", 0.8), ("solver", "euler"),
+        ("cache", 0.05),
         ("preview", True), ("model", "wan-tiny-i2v"), ("guidance_scale_2", 1000),
         ("input_reference", {"image_url": "data:image/png;base64,AAAA"}),
     ],
@@ -168,7 +169,7 @@ async def test_another_seed_is_noise_of_its_own_from_the_boundary_on(service, cl
 async def test_saying_again_what_the_source_has_is_no_change(service, client):
     source = await with_state(service, client, seed=1)
     again = ("size", "num_frames", "num_inference_steps", "guidance_scale", "solver", "seed",
-             "flow_shift", "boundary_ratio", "seconds", "model")  # fmt: skip
+             "flow_shift", "boundary_ratio", "cache", "seconds", "model")  # fmt: skip
     body = DOG | {"branch_from": source["id"], "fps": source["fps"]}
     answer = await client.post("/v1/videos", json=body | {name: source[name] for name in again})
     assert answer.status_code == 200, answer.text

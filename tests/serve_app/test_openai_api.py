@@ -60,11 +60,20 @@ def test_every_wire_name_reaches_its_own_number():
     got = params(
         size="64x128", num_frames=9, fps=4, num_inference_steps=3, guidance_scale=2.5,
         guidance_scale_2=1.5, seed=11, flow_shift=6.0, boundary_ratio=0.5, solver="euler",
+        cache=0.05,
     )  # fmt: skip
     assert got == VideoParams(
         width=64, height=128, num_frames=9, fps=4, num_steps=3, guidance_high_noise=2.5,
         guidance_low_noise=1.5, seed=11, shift=6.0, boundary_ratio=0.5, solver="euler",
+        cache=0.05,
     )  # fmt: skip
+
+
+def test_a_cache_of_0_computes_every_step_though_the_model_reuses():
+    model = dataclasses.replace(TINY, default_cache=0.05)
+    assert [params(model, **given).cache for given in ({}, {"cache": 0})] == [0.05, None]
+    assert [answer(params=dataclasses.asdict(params(model, **given))).cache
+            for given in ({}, {"cache": "0"})] == [0.05, 0]  # fmt: skip
 
 
 def test_numbers_may_arrive_as_strings():
@@ -131,6 +140,7 @@ def test_seconds_and_frames_may_agree():
         ("flow_shift", {"flow_shift": 1e-9}),
         ("boundary_ratio", {"boundary_ratio": 1.5}),
         ("solver", {"solver": "magic"}),
+        ("cache", {"cache": 1.5}),
         ("seed", {"seed": -1}),
         ("seed", {"seed": 2**63}),
         ("priority", {"priority": 101}),

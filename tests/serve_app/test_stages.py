@@ -46,7 +46,7 @@ class RecordingGroup:
             self.step_index += 1
             if self.on_step is not None:
                 await self.on_step(self.step_index)
-            return {"step_index": self.step_index, "seconds": 0.1}
+            return {"step_index": self.step_index, "seconds": 0.1, "reused": False}
         return {"latents": np.zeros(1, np.float32)}
 
     async def aclose(self):

@@ -1,7 +1,10 @@
 """`python -m wan_model.generate` as a person types it: files, and one line for every mistake."""
 
+import io
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -68,6 +71,7 @@ def mistakes():
         case("--guidance nan", "guidance_high_noise must be a finite number"),
         case("--shift -1", "shift must be between"),
         case("--seed -1", "seed must be between"),
+        case("--cache 2", "cache must be between 0 and 1"),
         case("--image {image}", "takes no image"),
         case("--steps 2", "an image is required", task="i2v-A14B"),
         case("--image {text}", "text.png", task="i2v-A14B"),
@@ -90,8 +94,14 @@ def mistakes():
 
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory):
+    """A PNG that says it has 30,000 x 30,000 pixels: whoever believes it is lost already."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = struct.pack(">II", 30_000, 30_000)  # of the IHDR chunk, and its checksum
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     path = tmp_path_factory.mktemp("images") / "bomb.png"
-    Image.new("1", (30_000, 30_000)).save(path)
+    path.write_bytes(data)
     return path
 
 

@@ -53,6 +53,8 @@ def test_on_one_expert_the_guidance_names_are_one_number():
         ({"seed": True}, "seed must be a whole number"),
         ({"solver": "heun"}, "solver must be one of unipc, dpm[+][+], euler, not 'heun'"),
         ({"boundary_ratio": 1.5}, "boundary_ratio must be between 0 and 1"),
+        ({"cache": 1.5}, "cache must be between 0 and 1"),
+        ({"cache": 0.0}, "cache must be more than 0"),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(given, message):

@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -21,11 +21,13 @@ def contents(folder):
 # ------------------------------------------------------------------------------------ command
 
 
-def test_the_command_writes_a_checkpoint_that_opens(tmp_path):
+def test_the_command_writes_a_checkpoint_that_opens(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "new" / "model"
-    command = [sys.executable, "-m", "wan_model.tiny", folder, "--task", "i2v-A14B"]
-    outcome = subprocess.run([*command, "--layout", "official"], capture_output=True, text=True)
-    assert outcome.returncode == 0 and str(folder) in outcome.stdout, outcome.stderr
+    given = [str(folder), "--task", "i2v-A14B", "--layout", "official"]
+    monkeypatch.setattr(sys, "argv", ["python -m wan_model.tiny", *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("wan_model.tiny", run_name="__main__")  # as `python -m` does
+    assert ended.value.code == 0 and str(folder) in capsys.readouterr().out
     assert open_checkpoint(folder).config == tiny_config("i2v-A14B")
 
 

@@ -21,6 +21,7 @@ from wan_model.weights import open_checkpoint
 from wan_model.xfuser_backend import XfuserSequenceParallel, xfuser_kernel
 
 VAE_TASKS = ("t2v-A14B", "ti2v-5B")  # VAE 2.1 and 2.2
+REUSE = {"cache": 1.0, "num_steps": 4}
 CASES = {
     "whole weights": {},
     "divided weights": {"shard_weights": True},
@@ -28,19 +29,21 @@ CASES = {
 }
 
 
-def latents_of(folder: str, **options) -> tuple[np.ndarray, int]:
-    """Two steps of 45 tokens, which do not divide; and the bytes of weights of this rank."""
+def latents_of(
+    folder: str, cache: float | None = None, num_steps: int = 2, **options
+) -> tuple[np.ndarray, int]:
+    """Some steps of 45 tokens, which do not divide; and the bytes of weights of this rank."""
     config = open_checkpoint(folder).config
     width, height, num_frames = SIZES["does-not-divide"]
     params = VideoParams.for_model(
-        config, width=width, height=height, num_frames=num_frames, num_steps=8
+        config, width=width, height=height, num_frames=num_frames, num_steps=8, cache=cache
     )
     engine = ExpertEngine(checkpoint=folder, expert="high_noise", device="cpu", **options)
     engine.warm_up()
     assert engine.jobs == {}, "nothing is left of the warm-up"
     engine.open("j", params=dataclasses.asdict(params), conditioning=conditioning(config, params))
-    engine.step("j")
-    engine.step("j")
+    reused = [engine.step("j")["reused"] for _ in range(num_steps)]
+    assert any(reused) == (cache is not None)
     return engine.export("j")["latents"], local_bytes(engine.transformer)
 
 
@@ -51,10 +54,12 @@ def run_rank(rank: int, port: int, folders: dict[str, str], results) -> None:
     xfuser_package.install()
     for name, options in CASES.items():
         results[name, rank] = latents_of(folder, ulysses_degree=2, **options)
+    results["reused step", rank] = latents_of(folder, cfg_parallel=True, **REUSE)
     for task in VAE_TASKS:
         results["frames", task, rank] = decoded(folders[task], split_rows=True)
     results["xfuser was told", rank] = dict(xfuser_package.calls)
     results["xfuser's ring", rank] = ring_of_odd_tokens()
+    dist.barrier()  # the store is in rank 0's process: the other one still connects through it
     dist.destroy_process_group()
 
 
@@ -95,7 +100,9 @@ def seen(tiny):
             run_rank, args=(port, folders, results), nprocs=2, start_method="forkserver"
         )
         alone = {("frames alone", task): decoded(folder) for task, folder in folders.items()}
-        return dict(results) | alone | {"alone": latents_of(folders["t2v-A14B"])}
+        alone["alone"] = latents_of(folders["t2v-A14B"])
+        alone["alone, reused step"] = latents_of(folders["t2v-A14B"], **REUSE)
+        return dict(results) | alone
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,6 +111,13 @@ def test_every_way_gives_single_process_latents(seen, name):
     assert np.abs(expected).max() > 0.5
     for rank in range(2):
         assert np.abs(seen[name, rank][0] - expected).max() <= TOLERANCE
+
+
+def test_two_ranks_reuse_the_same_steps_as_one(seen):
+    expected, _ = seen["alone, reused step"]
+    (first, _), (second, _) = (seen["reused step", rank] for rank in range(2))
+    assert np.array_equal(first, second)
+    assert np.abs(first - expected).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("task", VAE_TASKS)
