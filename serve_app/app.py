@@ -37,6 +37,9 @@ from serve_app.topology import (
 
 ENGINE_MODULE = "wan_model.engine"
 
+KERNELS_ON_DISK = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
+"""Triton keeps what it compiles anyway: a restarted expert steps 10 s sooner on an H200."""
+
 
 def build(config: ServiceConfig) -> Application:
     """The Serve application of a config file's `args`. Raises ValueError before anything starts."""
@@ -174,7 +177,7 @@ def group_spec(kind: type[Stage], groups: StageGroups, engine_module: str) -> Gr
         num_cpus_per_worker=groups.num_cpus,
         strategy=strategy,
         # The stage's name, for whoever looks at a worker process from outside.
-        worker_env={"WAN_STAGE": groups.name} | groups.worker_env,
+        worker_env={"WAN_STAGE": groups.name} | KERNELS_ON_DISK | groups.worker_env,
         start_timeout_s=groups.start_timeout_s,
         step_timeout_s=groups.step_timeout_s,
     )
