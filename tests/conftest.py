@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from one_start import one_start_at_a_time
 from postgres import database_url, postgres_server
 
 __all__ = ["database_url", "postgres_server"]
@@ -28,7 +29,8 @@ NUM_CPUS = 8
 NUM_FAKE_GPUS = 4
 
 # All of this is read when Ray is imported or started, or inherited by its processes.
-_FOLDERS = [str(ROOT), *(str(p) for p in sorted((ROOT / "tests").iterdir()) if p.is_dir())]
+_TESTS = ROOT / "tests"
+_FOLDERS = [str(ROOT), str(_TESTS), *(str(p) for p in sorted(_TESTS.iterdir()) if p.is_dir())]
 sys.path.extend(folder for folder in _FOLDERS if folder not in sys.path)
 os.environ["PYTHONPATH"] = os.pathsep.join([*_FOLDERS, os.environ.get("PYTHONPATH", "")])
 if not Path("/dev/nvidiactl").exists():
@@ -52,14 +54,15 @@ def pytest_collection_finish():
 def ray_cluster():
     import ray
 
-    ray.init(
-        address="local",  # never somebody else's cluster on this machine
-        num_cpus=NUM_CPUS,
-        num_gpus=NUM_FAKE_GPUS,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=256 * 1024**2,
-    )
+    with one_start_at_a_time():
+        ray.init(
+            address="local",  # never somebody else's cluster on this machine
+            num_cpus=NUM_CPUS,
+            num_gpus=NUM_FAKE_GPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=256 * 1024**2,
+        )
     yield
     ray.shutdown()
 

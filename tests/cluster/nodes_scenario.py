@@ -13,13 +13,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 import ray  # noqa: E402
+from one_start import one_start_at_a_time  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from cluster.errors import GroupDead  # noqa: E402
@@ -99,10 +100,11 @@ def main():
         cluster.add_node(num_cpus=2, num_gpus=3, object_store_memory=STORE_BYTES)
 
     try:
-        add_node()
-        add_node()
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False)
+        with one_start_at_a_time():
+            add_node()
+            add_node()
+            cluster.wait_for_nodes()
+            ray.init(address=cluster.address, log_to_driver=False)
         seen = asyncio.run(scenario(cluster, add_node))
         Path(sys.argv[1]).write_text(json.dumps(seen))
     finally:

@@ -21,6 +21,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
 from nodes_scenario import STORE_BYTES, Cluster, kill_node  # noqa: E402
+from one_start import one_start_at_a_time  # noqa: E402
 
 from cluster.ray_group import RayGroup  # noqa: E402
 from serve_app import pipeline as pipeline_module  # noqa: E402
@@ -191,10 +192,11 @@ def main():
     }  # fmt: skip
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for _ in range(2):
-            cluster.add_node(**node)
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False)
+        with one_start_at_a_time():
+            for _ in range(2):
+                cluster.add_node(**node)
+            cluster.wait_for_nodes()
+            ray.init(address=cluster.address, log_to_driver=False)
         job = scenario(cluster, folder, service, given["text_dim"], params)
         seen = asyncio.run(asyncio.wait_for(job, timeout=200))
         (Path(folder) / "seen.json").write_text(json.dumps(seen))
