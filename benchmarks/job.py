@@ -36,6 +36,7 @@ CASES: dict[str, tuple[WanConfig, dict[str, object]]] = {
     ),
     "TI2V-5B 1280x704x121, 50 steps": (TI2V_5B, {"width": 1280, "height": 704, "num_steps": 50}),
 }
+PRECISIONS = ("bf16", "fp8", "fp8-attention")
 TINY = {"dim": 64, "num_heads": 2, "num_layers": 2, "ffn_dim": 96, "text_dim": 32, "text_len": 16}
 
 
@@ -93,7 +94,10 @@ class Bench:
         wan_model.engine.open_checkpoint = lambda *a, **k: RandomCheckpoint(config=config)
         how = {"checkpoint": "", "device": self.device, "dtype": "bfloat16"}
         encoder = random_text_encoder(config, self.device, tiny=self.tiny)
-        experts = [ExpertEngine(expert=e, precision=precision, **how) for e in config.experts]
+        quick = {"precision": precision}
+        if precision == "fp8-attention":
+            quick = {"precision": "fp8", "attention": "fp8"}
+        experts = [ExpertEngine(expert=e, **quick, **how) for e in config.experts]
         vae = VAEEngine(**how)
         guided = params.guidance_high_noise != 1.0 or params.guidance_low_noise != 1.0
 
@@ -157,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.job", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny widths: a dry run")
-    parser.add_argument("--precisions", nargs="*", choices=("bf16", "fp8"), default=("bf16", "fp8"))
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

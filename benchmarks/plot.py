@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 BARS = (  # precision, implementation, colour
+    ("fp8-attention", "ours", "#0e5a3e"),
     ("fp8", "ours", "#1b7f5a"),
     ("bf16", "ours", "#3aa17e"),
     ("bf16", "diffusers-compiled", "#b0a8b9"),

@@ -34,7 +34,7 @@ from wan_model.tiny.evaluate import Models, sample
 from wan_model.tiny.score import load_models
 from wan_model.tiny.train_vae import decode_to_frames
 
-PRECISIONS = ("float32", "bf16", "fp8")
+PRECISIONS = ("float32", "bf16", "fp8", "fp8-attention")
 CACHES = (0.03, 0.07)  # reuse about a quarter and a half of 40 steps
 SEED = 3 << 32
 
@@ -45,10 +45,11 @@ def models_in(checkpoint: str, precision: str, device: str) -> Models:
     if precision == "float32":
         return models
     experts = load_models(checkpoint, device=device, dtype=torch.bfloat16).experts
-    if precision == "fp8":
+    if precision.startswith("fp8"):
         for expert in experts.values():
             quantise_blocks(expert.blocks)
-    return replace(models, experts=experts)
+    attention = "fp8" if precision == "fp8-attention" else "auto"
+    return replace(models, experts=experts, attention=attention)
 
 
 # ----------------------------------------------------------------------------------- measures
@@ -106,7 +107,8 @@ def one_forward(models: Models, prompt_embeds: Sequence[Tensor], latents: Tensor
         step = next(i for i in range(schedule.num_steps) if schedule.expert_at(i) is name)
         timesteps = torch.full((len(latents), 1), schedule.timesteps[step])
         text = expert.embed_text(list(prompt_embeds))
-        predictions.append(expert(latents, timesteps, text, SequenceParallel()))
+        sp = SequenceParallel(attention_backend=models.attention)
+        predictions.append(expert(latents, timesteps, text, sp))
     return torch.stack(predictions)
 
 

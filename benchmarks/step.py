@@ -44,11 +44,14 @@ CASES: dict[str, tuple[WanConfig, int, int]] = {
 ORDER = (
     ("480p", "bf16", "ours"),
     ("480p", "fp8", "ours"),
+    ("480p", "fp8-attention", "ours"),
     ("480p", "bf16", "diffusers-compiled"),
     ("720p", "bf16", "ours"),
     ("720p", "fp8", "ours"),
+    ("720p", "fp8-attention", "ours"),
     ("ti2v-704p", "bf16", "ours"),
     ("ti2v-704p", "fp8", "ours"),
+    ("ti2v-704p", "fp8-attention", "ours"),
     ("ti2v-704p", "bf16", "diffusers-compiled"),
     ("480p", "bf16", "ours-other-biases"),
     ("720p", "bf16", "diffusers-compiled"),
@@ -58,10 +61,12 @@ ORDER = (
     ("ti2v-704p", "bf16", "diffusers-eager"),
     ("720p", "bf16", "diffusers-eager"),
 )
+PRECISIONS = ("bf16", "fp8", "fp8-attention")
 ERRORS = {  # which of the measured errors a row has
     ("bf16", "ours"): "ours bf16 auto",
     ("bf16", "ours-other-biases"): "ours bf16 auto",
     ("fp8", "ours"): "ours fp8 fast_accum=True",
+    ("fp8-attention", "ours"): "ours fp8, fp8 attention",
     ("bf16", "ours-cudnn"): "ours bf16 cudnn",
     ("bf16", "ours-plain"): "ours-plain bf16",
     ("bf16", "diffusers-eager"): "diffusers-eager bf16",
@@ -158,10 +163,13 @@ class Bench:
             torch.randn(1, s, *heads, device=self.device, dtype=self.dtype) for _ in range(3)
         )
         text = torch.randn(1, c.text_len, *heads, device=self.device, dtype=self.dtype)
-        for backend in ("flash_attn_4", "cudnn") if self.on_gpu else ("sdpa",):
+        kernels = ("flash_attn_4", "cudnn", "fp8") if self.on_gpu else ("sdpa", "fp8")
+        for backend in kernels:
             self._ceiling(
                 found, f"self_{backend}", 4 * s * s * c.dim, lambda b=backend: attention(q, k, v, b)
             )
+            if backend == "fp8":
+                continue
             self._ceiling(
                 found, f"cross_{backend}", 4 * s * c.text_len * c.dim,
                 lambda b=backend: attention(q, text, text, b),
@@ -204,14 +212,18 @@ class Bench:
     def floor_s(self, case: str, precision: str) -> float | None:
         """What the products and attentions of a forward take when each runs alone."""
         found = self.record.content["ceilings"].get(case, {})
-        gemm = {n: found.get(f"gemm_{precision}_{n}") for n in ("qkv", "o", "ffn0", "ffn2")}
+        products = precision.removesuffix("-attention")
+        gemm = {n: found.get(f"gemm_{products}_{n}") for n in ("qkv", "o", "ffn0", "ffn2")}
+        exact = {k: v for k, v in found.items() if not k.startswith("self_fp8")}
         kinds = [
             min(
-                (v for k, v in found.items() if k.startswith(kind) and "tflop" not in k
+                (v for k, v in exact.items() if k.startswith(kind) and "tflop" not in k
                  and isinstance(v, float)), default=None,
             )
             for kind in ("self_", "cross_")
         ]  # fmt: skip
+        if precision == "fp8-attention":
+            kinds[0] = found.get("self_fp8")
         parts = [gemm["qkv"], gemm["o"], gemm["o"], gemm["o"], gemm["ffn0"], gemm["ffn2"], *kinds]
         if not all(isinstance(part, float) for part in parts):
             return None
@@ -248,6 +260,7 @@ class Bench:
             fp8.USE_FAST_ACCUM = fast
             note(f"ours fp8 fast_accum={fast}", case.ours(model)())
         fp8.USE_FAST_ACCUM = True
+        note("ours fp8, fp8 attention", case.ours(model, "fp8")())
 
     # -------------------------------------------------------------------------- forwards
 
@@ -304,8 +317,10 @@ class Bench:
             model.fused = False
         elif not self.on_gpu:
             model.fused = True
-        if precision == "fp8":
+        if precision.startswith("fp8"):
             fp8.quantise_blocks(model.blocks)
+        if precision == "fp8-attention":
+            backend = "fp8"
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return forward.ours(model, backend), resolve_backend(backend, like)
 
@@ -375,7 +390,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny widths: a dry run")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", nargs="*", choices=("bf16", "fp8"), default=("bf16", "fp8"))
+    parser.add_argument("--profile", nargs="*", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

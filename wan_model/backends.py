@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Attention = Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_4", "sage"]
+Attention = Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_4", "sage", "fp8"]
 ParallelBackend = Literal["own", "xfuser"]
 Precision = Literal["bf16", "fp8"]
 """Of the large products of the blocks: "bf16" is the weights' dtype, whichever that is."""
@@ -18,10 +18,11 @@ ATTENTION_BACKENDS: tuple[str, ...] = get_args(Attention)
 PARALLEL_BACKENDS: tuple[str, ...] = get_args(ParallelBackend)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-WITHOUT_LSE = {"own": {"sage"}, "xfuser": {"sage", "flash_attn_4"}}
+WITHOUT_LSE = {"own": {"sage", "fp8"}, "xfuser": {"sage", "fp8", "flash_attn_4"}}
 """Per parallel implementation the kernels that give it no log-sum-exp, which a ring needs.
 
-SageAttention 1.0 has none. FlashAttention 4 has one, but xfuser 0.7 does not ask it for it.
+SageAttention 1.0 and our quantised kernel have none. FlashAttention 4 has one, but xfuser 0.7 does
+not ask it for it.
 """
 
 
@@ -43,6 +44,10 @@ def check_backends(*, attention: str, parallel_backend: str, ring_degree: int) -
         raise ValueError(
             "attention backend sage does not work under xfuser, which expects SageAttention 2:"
             " use another one, or parallel backend own"
+        )
+    if parallel_backend == "xfuser" and attention == "fp8":
+        raise ValueError(
+            "attention backend fp8 is not known to xfuser: use another one, or parallel backend own"
         )
 
 

@@ -53,6 +53,7 @@ class Models:
     text_encoder: UMT5EncoderModel
     tokenizer: Tokenizer
     vae: WanVAE
+    attention: str = "auto"
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +91,7 @@ def sample(
         Expert.HIGH_NOISE: params.guidance_high_noise,
         Expert.LOW_NOISE: params.guidance_low_noise,
     }
+    sp = SequenceParallel(attention_backend=models.attention)
     for step_index, timestep in enumerate(schedule.timesteps):
         name = schedule.expert_at(step_index)
         state = _with_first_frame(state, first)
@@ -97,8 +99,7 @@ def sample(
         rows = [timestep] if first is None else [0.0, timestep]
         timesteps = torch.tensor([rows] * len(prompts), device=models.device)
         cond, uncond = (
-            experts[name](latents, timesteps, context, SequenceParallel())
-            for context in contexts[name]
+            experts[name](latents, timesteps, context, sp) for context in contexts[name]
         )
         noise_pred = uncond + guidances[name] * (cond - uncond)
         state = solver_step(params.solver, state, noise_pred, schedule)
