@@ -34,7 +34,7 @@ def test_the_stored_forwards_have_all_fields_and_can_be_drawn(tmp_path: Path) ->
     content = json.loads((RESULTS / "step-h200.json").read_text())
     for row in content["rows"]:
         assert row["case"] in ("480p", "720p", "ti2v-704p")
-        assert row["precision"] in ("bf16", "fp8")
+        assert row["precision"] in ("bf16", "fp8", "fp8-attention")
         assert min(row["seconds"], row["peak_bytes"], row["error"]) > 0
     draw(content, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
