@@ -1,184 +1,238 @@
-"""Triton kernels of the quantised attention.
+"""The quantised attention on a Hopper GPU: operands laid out by Triton kernels, and the launch.
 
-Owns what runs on a CUDA device (compute capability 9.0) only; what they compute is defined, in
-PyTorch, in `quantised_attention`, their only caller.
+Owns what runs on a CUDA device (compute capability 9.0) only; what it computes is defined, in
+PyTorch, in `quantised_attention`, its only caller. The attention itself is `attention_hopper.cu`,
+compiled by NVRTC once a process and device.
 
-Two tricks save work that the tensor cores would wait for. The int32 products start at the bits of
-1.5 * 2^23, so that the sum's bits, read as a float32, are 1.5 * 2^23 + sum: no conversion (|sum| <=
-127^2 * 128 < 2^22). And the keys of the values are in another order, in each 16, so that a thread's
-probabilities are already where the second product wants them.
+Operands lie as that kernel's shared memory wants them, so that a block is copied in one piece: rows
+of 128 bytes (a head_dim below 128 is filled up with zeros) whose 16-byte pieces are swizzled, piece
+c of row r at place c ^ (r % 8). Shapes: G = batch * heads; T blocks of 128 keys; P queries, filled
+up to whole groups of 64.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
     from wan_model.quantised_attention import Means
 
-BLOCK = 128  # rows that are quantised at once; keys with one scale
-QUERIES = 64  # of a program; with these and 4 warps the fastest of 14 tried on an H200
-HEAD_DIMS = (32, 64, 128)
+MAX_HEAD_DIM = 128
+KEYS = 128  # with one scale, and one block of the kernel
+QUERIES = 64  # of a group of warps
+GROUPS, STAGES = 3, 4  # as in attention_hopper.cu
+CHANNELS = MAX_HEAD_DIM + 8  # of the values: the last 8 are 1 for a key that there is
+SHARED_BYTES = GROUPS * QUERIES * 128 + STAGES * (KEYS + CHANNELS) * 128 + 8 * (1 + 4 * STAGES)
 
-MAGIC = tl.constexpr(0x4B400000)  # the bits of MAGIC_FLOAT
-MAGIC_FLOAT = tl.constexpr(12582912.0)
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)
-PROBABILITY_BITS = tl.constexpr(8.0)
 TINY = tl.constexpr(1e-6)
 
 
 @triton.jit
 def _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H: tl.constexpr, D: tl.constexpr):
-    """Some rows of one head of x [B, L, H, D] in float32, and which of them there are."""
+    """Some rows of one head of x [B, L, H, D], float32 [rows, 8, 16], and which of them there are.
+
+    Rows and channels that are not there are 0.
+    """
     program = tl.program_id(1).to(tl.int64)
-    cols = tl.arange(0, D)
-    inside = (rows < num_rows)[:, None]
+    cols = tl.arange(0, 8)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    inside = (rows < num_rows)[:, None, None]
     start = x + (program // H) * stride_b + (program % H) * stride_h
-    at = rows[:, None].to(tl.int64) * stride_l + cols[None, :]
-    return tl.load(start + at, mask=inside, other=0.0).to(tl.float32), inside
+    at = rows[:, None, None].to(tl.int64) * stride_l + cols
+    return tl.load(start + at, mask=inside & (cols < D), other=0.0).to(tl.float32), inside
+
+
+@triton.jit
+def _per_channel(x, D: tl.constexpr, other: tl.constexpr):
+    cols = tl.arange(0, 8)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    return tl.load(x + tl.program_id(1).to(tl.int64) * D + cols, mask=cols < D, other=other)
+
+
+@triton.jit
+def _swizzled(rows):
+    """Where the 16-byte pieces of some rows of a block lie."""
+    piece = tl.arange(0, 8)[None, :, None] ^ (rows % 8)[:, None, None]
+    return rows[:, None, None] * 128 + piece * 16 + tl.arange(0, 16)[None, None, :]
 
 
 @triton.jit
 def _int8_kernel(
     x, mean, out, out_scale, stride_b, stride_l, stride_h, num_rows, factor,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, IS_KEYS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, IS_KEYS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cols = tl.arange(0, D)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    within = tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + within
     value, inside = _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H, D)
-    padded = tl.num_programs(0) * BLOCK
     if IS_KEYS:
-        value = tl.where(inside, value - tl.load(mean + program * D + cols)[None, :], 0.0)
-        scale = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), TINY) / INT8_MAX
-        tl.store(out_scale + program * tl.num_programs(0) + tl.program_id(0), scale)
+        value = tl.where(inside, value - _per_channel(mean, D, 0.0), 0.0)
+        scale = tl.maximum(tl.max(tl.max(tl.max(tl.abs(value), 2), 1), 0), TINY) / INT8_MAX
+        tl.store(out_scale + block, scale)
         value = value / scale
     else:
-        scale = tl.maximum(tl.max(tl.abs(value), 1), TINY) / INT8_MAX
-        tl.store(out_scale + program * padded + rows, scale * factor)
-        value = value / scale[:, None]
-    at = (program * padded + rows[:, None]) * D + cols[None, :]
-    tl.store(out + at, tl.floor(value + 0.5).to(tl.int8))
+        scale = tl.maximum(tl.max(tl.max(tl.abs(value), 2), 1), TINY) / INT8_MAX
+        tl.store(out_scale + block * ROWS + within, scale * factor)
+        value = value / scale[:, None, None]
+    tl.store(out + block * ROWS * 128 + _swizzled(within), tl.floor(value + 0.5).to(tl.int8))
 
 
 @triton.jit
 def _values_kernel(
     x, mean, scale, out, stride_b, stride_l, stride_h, num_rows,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """To fp8 [B, H, D, P]: the keys of a channel lie together, in the order of `_tile`."""
-    program = tl.program_id(1).to(tl.int64)
-    place = tl.arange(0, BLOCK)
+    """To fp8: a row is a channel, its keys in the order in which a thread holds probabilities."""
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    place = tl.arange(0, ROWS)
     key = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
-    rows = tl.program_id(0) * BLOCK + key
-    cols = tl.arange(0, D)
+    rows = tl.program_id(0) * ROWS + key
     value, inside = _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H, D)
-    value = value - tl.load(mean + program * D + cols)[None, :]
-    value = tl.where(inside, value / tl.load(scale + program * D + cols)[None, :], 0.0)
-    value = tl.minimum(tl.maximum(value, -FP8_MAX), FP8_MAX)
-    padded = tl.num_programs(0) * BLOCK
-    at = (program * D + cols[:, None]) * padded + tl.program_id(0) * BLOCK + place[None, :]
-    tl.store(out + at, tl.trans(value.to(tl.float8e4nv)))
+    value = (value - _per_channel(mean, D, 0.0)) / _per_channel(scale, D, 1.0)
+    value = tl.where(inside, tl.minimum(tl.maximum(value, -FP8_MAX), FP8_MAX), 0.0)
+    by_channel = tl.trans(tl.reshape(value, [ROWS, 128]).to(tl.float8e4nv))
+    start = out + block * CHANNELS * 128
+    tl.store(start + _swizzled(tl.arange(0, 128)), tl.reshape(by_channel, [128, 8, 16]))
+    ones = tl.broadcast_to(tl.where(rows < num_rows, 1.0, 0.0)[None, :], [8, ROWS])
+    ones = tl.reshape(ones.to(tl.float8e4nv), [8, 8, 16])
+    tl.store(start + 128 * 128 + _swizzled(tl.arange(0, 8)), ones)
 
 
-@triton.jit
-def _tile(
-    q, k, v, out, highest, total, scale, M: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
-    """One block of keys; scores in powers of two. `out` [M, D] grows by the block's share."""
-    sums = tl.dot(q, k.T, tl.full([M, N], MAGIC, tl.int32), out_dtype=tl.int32)
-    shifted = sums.to(tl.float32, bitcast=True)
-    before = highest
-    highest = tl.maximum(before, (tl.max(shifted, 1) - MAGIC_FLOAT) * scale)
-    shrink = tl.math.exp2(before - highest)
-    offset = highest + MAGIC_FLOAT * scale - PROBABILITY_BITS
-    p = tl.math.exp2(shifted * scale[:, None] - offset[:, None])
-    total = total * shrink + tl.sum(p, 1)
-    out = out * shrink[:, None]
-    p = tl.reshape(p.to(tl.float8e4nv), [M, N // 16, 2, 4, 2])
-    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [M, N])
-    return tl.dot(p, v.T, out), highest, total
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """q int8 [G, P, 128], scale [G, P]; k int8 [G, T, 128, 128], scale [G, T]; v fp8 [G, T, 136,
+    128]. The queries' scales hold log2(e) / sqrt(D) too."""
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
 
 
-@triton.jit
-def _attention_kernel(
-    q_rows, k_rows, v_columns, q_scale, k_scale, v_scale, v_mean, out,
-    num_queries, num_keys, stride_b, stride_l, stride_h,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(1)
-    rows = tl.program_id(0) * M + tl.arange(0, M)
-    first_query = program * (tl.cdiv(num_queries, BLOCK) * BLOCK)
-    num_blocks = tl.cdiv(num_keys, BLOCK)
-    first_key = program * num_blocks * BLOCK
-    q = q_rows.load([first_query + tl.program_id(0) * M, 0])
-    row_scale = tl.load(q_scale + first_query + rows)
-    highest = tl.full([M], -float("inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, D], tl.float32)
-    for i in range(num_blocks):
-        k = k_rows.load([first_key + i * BLOCK, 0])
-        v = v_columns.load([program * D, i * BLOCK])
-        scale = row_scale * tl.load(k_scale + program * num_blocks + i)
-        sums, highest, total = _tile(q, k, v, sums, highest, total, scale, M, BLOCK)
-    # The keys that fill up the last block are 0, and so are their scores and their values.
-    num_filled = num_blocks * BLOCK - num_keys
-    total -= num_filled * tl.math.exp2(PROBABILITY_BITS - highest)
-    cols = tl.arange(0, D)
-    value = sums / total[:, None] * tl.load(v_scale + program * D + cols)[None, :]
-    value += tl.load(v_mean + program * D + cols)[None, :]
-    sample, head = (program // H).to(tl.int64), program % H
-    at = rows[:, None].to(tl.int64) * stride_l + cols[None, :]
-    start = out + sample * stride_b + head * stride_h
-    tl.store(start + at, value.to(out.dtype.element_ty), mask=(rows < num_queries)[:, None])
+def lay_out(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, means: Means) -> Operands:
+    """Quantise. D must lie together in all three; ValueError for a head_dim the kernel lacks."""
+    b, num_queries, h, d = q_BLHD.shape
+    num_keys = k_BSHD.shape[1]
+    if d > MAX_HEAD_DIM or d % 2:
+        raise ValueError(
+            f"attention backend fp8 knows an even head_dim up to {MAX_HEAD_DIM}, not {d}:"
+            " use another one"
+        )
+    groups, blocks = triton.cdiv(num_queries, QUERIES), triton.cdiv(num_keys, KEYS)
+    new = functools.partial(q_BLHD.new_empty, dtype=torch.int8)
+    made = Operands(
+        q=new((b * h, groups * QUERIES, 128)),
+        q_scale=new((b * h, groups * QUERIES), dtype=torch.float32),
+        k=new((b * h, blocks, KEYS, 128)),
+        k_scale=new((b * h, blocks), dtype=torch.float32),
+        v=new((b * h, blocks, CHANNELS, 128), dtype=torch.float8_e4m3fn),
+    )
+    mean_k, mean_v, v_scale = (x.contiguous() for x in (means.k, means.v, means.v_scale))
+    to_log2 = math.log2(math.e) / math.sqrt(d)
+    with torch.cuda.device_of(q_BLHD):
+        _int8_kernel[(groups, b * h)](
+            q_BLHD, mean_k, made.q, made.q_scale, *q_BLHD.stride()[:3], num_queries, to_log2,
+            H=h, D=d, ROWS=QUERIES, IS_KEYS=False,
+        )  # fmt: skip
+        _int8_kernel[(blocks, b * h)](
+            k_BSHD, mean_k, made.k, made.k_scale, *k_BSHD.stride()[:3], num_keys, 1.0,
+            H=h, D=d, ROWS=KEYS, IS_KEYS=True,
+        )  # fmt: skip
+        _values_kernel[(blocks, b * h)](
+            v_BSHD, mean_v, v_scale, made.v, *v_BSHD.stride()[:3], num_keys,
+            H=h, D=d, ROWS=KEYS, CHANNELS=CHANNELS,
+        )  # fmt: skip
+    return made
 
 
 def quantised_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, means: Means) -> Tensor:
-    """`quantised_attention.quantised_attention`. D must lie together in all three.
+    """`quantised_attention.quantised_attention` on a GPU; rounded to bfloat16.
 
-    Raises ValueError for a head_dim that is not in HEAD_DIMS.
+    Raises ValueError for another GPU than Hopper's and for a head_dim the kernel lacks.
     """
-    b, num_queries, h, d = q_BLHD.shape
-    num_keys = k_BSHD.shape[1]
-    if d not in HEAD_DIMS:
-        known = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"attention backend fp8 knows head_dim {known}, not {d}: use another one")
-    query_blocks, key_blocks = triton.cdiv(num_queries, BLOCK), triton.cdiv(num_keys, BLOCK)
-    q = q_BLHD.new_empty((b * h * query_blocks * BLOCK, d), dtype=torch.int8)
-    k = q.new_empty((b * h * key_blocks * BLOCK, d))
-    v = q.new_empty((b * h * d, key_blocks * BLOCK), dtype=torch.float8_e4m3fn)
-    q_scale = q.new_empty(q.shape[0], dtype=torch.float32)
-    k_scale = q.new_empty(b * h * key_blocks, dtype=torch.float32)
-    out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q.device)
-    mean_k, mean_v, v_scale = (x.contiguous() for x in (means.k, means.v, means.v_scale))
-    shape = {"H": h, "D": d, "BLOCK": BLOCK}
-    to_log2 = math.log2(math.e) / math.sqrt(d)
-    with torch.cuda.device_of(q):
-        _int8_kernel[(query_blocks, b * h)](
-            q_BLHD, mean_k, q, q_scale, *q_BLHD.stride()[:3], num_queries, to_log2,
-            IS_KEYS=False, **shape,
-        )  # fmt: skip
-        _int8_kernel[(key_blocks, b * h)](
-            k_BSHD, mean_k, k, k_scale, *k_BSHD.stride()[:3], num_keys, 1.0,
-            IS_KEYS=True, **shape,
-        )  # fmt: skip
-        _values_kernel[(key_blocks, b * h)](
-            v_BSHD, mean_v, v_scale, v, *v_BSHD.stride()[:3], num_keys, **shape
+    if torch.cuda.get_device_capability(q_BLHD.device) != (9, 0):
+        raise ValueError(
+            "attention backend fp8 needs a Hopper GPU (compute capability 9.0): use another one"
         )
-        _attention_kernel[(triton.cdiv(num_queries, QUERIES), b * h)](
-            TensorDescriptor.from_tensor(q, [QUERIES, d]),
-            TensorDescriptor.from_tensor(k, [BLOCK, d]),
-            TensorDescriptor.from_tensor(v, [d, BLOCK]),
-            q_scale, k_scale, v_scale, mean_v, out,
-            num_queries, num_keys, *out.stride()[:3],
-            M=QUERIES, num_warps=4, num_stages=2, maxnreg=168, **shape,
-        )  # fmt: skip
-    return out
+    operands = lay_out(q_BLHD, k_BSHD, v_BSHD, means)
+    b, num_queries, h, d = q_BLHD.shape
+    padded_queries, num_blocks = operands.q.shape[1], operands.k.shape[1]
+    v_scale, v_mean = means.v_scale.contiguous(), means.v.contiguous()
+    out = q_BLHD.new_empty((b, num_queries, h, d), dtype=torch.bfloat16)
+    tensors = (
+        operands.q, operands.k, operands.v, operands.q_scale, operands.k_scale, v_scale, v_mean,
+        out,
+    )  # fmt: skip
+    numbers = (num_queries, padded_queries, num_blocks, h, d)
+    with torch.cuda.device_of(q_BLHD):
+        _launch(
+            (triton.cdiv(padded_queries, GROUPS * QUERIES), b * h),
+            (*(x.data_ptr() for x in tensors), *numbers),
+            (*(ctypes.c_void_p for _ in tensors), *(ctypes.c_int for _ in numbers)),
+        )
+    return out.to(q_BLHD.dtype)
+
+
+def _launch(grid: tuple[int, int], values: tuple[int, ...], types: tuple[type, ...]) -> None:
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream()
+    _checked(
+        driver.cuLaunchKernel(
+            _function(torch.cuda.current_device()), *grid, 1, 128 * (GROUPS + 1), 1, 1,
+            SHARED_BYTES, stream.cuda_stream, (values, types), 0,
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def _function(device: int):
+    """The kernel, loaded on the current device. RuntimeError where it cannot be compiled."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise ValueError(
+            "attention backend fp8 needs cuda-bindings: pip install cuda-bindings"
+        ) from error
+    module = _checked(driver.cuModuleLoadData(_compiled()))
+    function = _checked(driver.cuModuleGetFunction(module, b"attention"))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, attribute, SHARED_BYTES))
+    return function
+
+
+@functools.cache
+def _compiled() -> bytes:
+    """Machine code for Hopper."""
+    from cuda.bindings import nvrtc
+
+    source = Path(__file__).with_name("attention_hopper.cu").read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, b"attention_hopper.cu", 0, [], []))
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"attention_hopper.cu does not compile: {log.decode()[:400]}")
+    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    return code
+
+
+def _checked(result: tuple):
+    """What a call of the CUDA bindings returned after its error code. RuntimeError for an error."""
+    error, *values = result
+    if error.value:
+        raise RuntimeError(f"attention backend fp8: {error.name}")
+    return values[0] if values else None

@@ -23,6 +23,9 @@ from torch.nn import functional
 CRF = 10
 """The reference writes "quality 8" through imageio, which means int((1 - 8/10) * 51)."""
 
+PRESET = "veryfast"
+"""At this CRF as good as x264's own "medium", no larger, and 3 times quicker (README)."""
+
 NUM_ENCODER_THREADS = 8
 """Fixed, because the count is part of the file: the machine's own would change the bytes."""
 
@@ -68,7 +71,8 @@ class Mp4Writer:
         )
         # "cpu-independent": on AVX-512 machines x264's macroblock tree differs from run to run.
         # "rc-lookahead": at x264's 40 frames, half of a video would be encoded only at the end.
-        options = {"crf": str(crf), "x264-params": "cpu-independent=1:rc-lookahead=10"}
+        options = {"crf": str(crf), "preset": PRESET}
+        options["x264-params"] = "cpu-independent=1:rc-lookahead=10"
         self._stream = self._container.add_stream("libx264", rate=fps, options=options)
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = "yuv420p"

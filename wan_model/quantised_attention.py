@@ -1,10 +1,10 @@
 """Attention with quantised operands: int8 queries and keys, fp8 probabilities and values.
 
-Owns the definition, in PyTorch, and the choice of the Triton kernels on a CUDA device. As in
+Owns the definition, in PyTorch, and the choice of the kernels on a CUDA device. As in
 SageAttention (2410.02367) the mean key is taken off before the keys are quantised: it adds the same
 to every score of a query, so the softmax does not see it. The mean value is taken off and added to
 the output. One scale per query (which holds log2(e) / sqrt(D) too), per block of keys and per
-channel of the values. Sums of the softmax are float32, of unrounded probabilities.
+channel of the values. Probabilities are rounded before they are summed for the softmax.
 
 Shapes: B batch, L queries, S keys, H heads, D head_dim, P the keys padded to whole blocks.
 """
@@ -76,9 +76,9 @@ def _definition(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, means: Means) ->
         scores = q @ (k / k_scale).round().transpose(-1, -2) * (q_scale * k_scale)
         scores = scores[..., : num_keys - start]
         before, highest = highest, torch.maximum(highest, scores.amax(-1, keepdim=True))
-        p = torch.exp2(scores - highest + PROBABILITY_BITS)
+        p = torch.exp2(scores - highest + PROBABILITY_BITS).to(FP8).float()
         shrink = torch.exp2(before - highest)
         total = total * shrink + p.sum(-1, keepdim=True)
-        out = out * shrink + p.to(FP8).float() @ values[:, :, start : start + BLOCK_KEYS]
+        out = out * shrink + p @ values[:, :, start : start + BLOCK_KEYS]
     out = out / total * means.v_scale[:, :, None] + means.v[:, :, None]
     return out.transpose(1, 2).to(q_BLHD.dtype)
