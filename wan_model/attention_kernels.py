@@ -41,29 +41,32 @@ TINY = tl.constexpr(1e-6)
 
 @triton.jit
 def _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H: tl.constexpr, D: tl.constexpr):
-    """Some rows of one head of x [B, L, H, D], float32 [rows, 8, 16], and which of them there are.
+    """Some rows of one head of x [B, L, H, D], float32 [rows, 128], and which of them there are.
 
     Rows and channels that are not there are 0.
     """
     program = tl.program_id(1).to(tl.int64)
-    cols = tl.arange(0, 8)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-    inside = (rows < num_rows)[:, None, None]
+    cols = tl.arange(0, 128)[None, :]
+    inside = (rows < num_rows)[:, None]
     start = x + (program // H) * stride_b + (program % H) * stride_h
-    at = rows[:, None, None].to(tl.int64) * stride_l + cols
+    at = rows[:, None].to(tl.int64) * stride_l + cols
     return tl.load(start + at, mask=inside & (cols < D), other=0.0).to(tl.float32), inside
 
 
 @triton.jit
 def _per_channel(x, D: tl.constexpr, other: tl.constexpr):
-    cols = tl.arange(0, 8)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-    return tl.load(x + tl.program_id(1).to(tl.int64) * D + cols, mask=cols < D, other=other)
+    cols = tl.arange(0, 128)
+    x += tl.program_id(1).to(tl.int64) * D
+    return tl.load(x + cols, mask=cols < D, other=other)[None, :]
 
 
 @triton.jit
-def _swizzled(rows):
-    """Where the 16-byte pieces of some rows of a block lie."""
-    piece = tl.arange(0, 8)[None, :, None] ^ (rows % 8)[:, None, None]
-    return rows[:, None, None] * 128 + piece * 16 + tl.arange(0, 16)[None, None, :]
+def _store_swizzled(out, value, ROWS: tl.constexpr):
+    """Rows [ROWS, 128] of bytes: the pieces of 16 to their places."""
+    row = tl.arange(0, ROWS)[:, None, None]
+    piece = tl.arange(0, 8)[None, :, None] ^ (row % 8)
+    at = row * 128 + piece * 16 + tl.arange(0, 16)[None, None, :]
+    tl.store(out + at, tl.reshape(value, [ROWS, 8, 16]))
 
 
 @triton.jit
@@ -77,14 +80,14 @@ def _int8_kernel(
     value, inside = _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H, D)
     if IS_KEYS:
         value = tl.where(inside, value - _per_channel(mean, D, 0.0), 0.0)
-        scale = tl.maximum(tl.max(tl.max(tl.max(tl.abs(value), 2), 1), 0), TINY) / INT8_MAX
-        tl.store(out_scale + block, scale)
-        value = value / scale
+        largest = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), TINY)
+        tl.store(out_scale + block, largest / INT8_MAX)
+        value = value * (INT8_MAX / largest)
     else:
-        scale = tl.maximum(tl.max(tl.max(tl.abs(value), 2), 1), TINY) / INT8_MAX
-        tl.store(out_scale + block * ROWS + within, scale * factor)
-        value = value / scale[:, None, None]
-    tl.store(out + block * ROWS * 128 + _swizzled(within), tl.floor(value + 0.5).to(tl.int8))
+        largest = tl.maximum(tl.max(tl.abs(value), 1), TINY)
+        tl.store(out_scale + block * ROWS + within, largest / INT8_MAX * factor)
+        value = value * (INT8_MAX / largest)[:, None]
+    _store_swizzled(out + block * ROWS * 128, tl.floor(value + 0.5).to(tl.int8), ROWS)
 
 
 @triton.jit
@@ -98,14 +101,12 @@ def _values_kernel(
     key = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
     rows = tl.program_id(0) * ROWS + key
     value, inside = _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H, D)
-    value = (value - _per_channel(mean, D, 0.0)) / _per_channel(scale, D, 1.0)
+    value = (value - _per_channel(mean, D, 0.0)) * (1.0 / _per_channel(scale, D, 1.0))
     value = tl.where(inside, tl.minimum(tl.maximum(value, -FP8_MAX), FP8_MAX), 0.0)
-    by_channel = tl.trans(tl.reshape(value, [ROWS, 128]).to(tl.float8e4nv))
-    start = out + block * CHANNELS * 128
-    tl.store(start + _swizzled(tl.arange(0, 128)), tl.reshape(by_channel, [128, 8, 16]))
+    out += block * CHANNELS * 128
+    _store_swizzled(out, tl.trans(value.to(tl.float8e4nv)), 128)
     ones = tl.broadcast_to(tl.where(rows < num_rows, 1.0, 0.0)[None, :], [8, ROWS])
-    ones = tl.reshape(ones.to(tl.float8e4nv), [8, 8, 16])
-    tl.store(start + 128 * 128 + _swizzled(tl.arange(0, 8)), ones)
+    _store_swizzled(out + 128 * 128, ones.to(tl.float8e4nv), 8)
 
 
 @dataclass(frozen=True, kw_only=True)
