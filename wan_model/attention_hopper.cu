@@ -219,25 +219,26 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     const u64 q_at = descriptor(address(memory) + group * Q_BYTES);
     const u64 k_at = descriptor(address(keys)), v_at = descriptor(address(values));
     barrier_wait(q_full, 0);
-    u32 s[64], p[16];
-#pragma unroll
-    for (int j = 0; j < 64; j++) s[j] = MAGIC;
-    barrier_wait(k_full, 0);
-    begin_products();
-    hold(s);
-#pragma unroll
-    for (int j = 0; j < 4; j++) add_scores(s, q_at + 2 * j, k_at + 2 * j);
-    end_products();
-    hold(s);
-    if (lane == 0) barrier_arrive(k_free);
-    int stage = 0, next = 1 % STAGES;
-    u32 parity = 0, next_parity = 1 / STAGES;
+    int stage = 0;
+    u32 parity = 0;
     float block_scale = k_scale[0];
 #pragma unroll 1
     for (int i = 0; i < num_blocks; i++) {
+      u32 s[64], p[16];
+#pragma unroll
+      for (int j = 0; j < 64; j++) s[j] = MAGIC;
+      barrier_wait(k_full + 8 * stage, parity);
+      begin_products();
+      hold(s);
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        add_scores(s, q_at + 2 * j, k_at + stage * (K_BYTES / 16) + 2 * j);
       const float scale[2] = {row_scale[0] * block_scale, row_scale[1] * block_scale};
-      const bool more = i + 1 < num_blocks;
-      if (more) block_scale = k_scale[i + 1];
+      block_scale = k_scale[min(i + 1, num_blocks - 1)];
+      end_products();
+      hold(s);
+      if (lane == 0) barrier_arrive(k_free + 8 * stage);
+
       float fell[2];
       probabilities(s, p, scale, highest, fell);
       if (__any_sync(~0u, fell[0] != 0.0f || fell[1] != 0.0f)) {
@@ -248,33 +249,19 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int j = 0; j < 64; j++) o[j] *= shrink[j / 2 % 2];
       }
 
-      // This block's values and the next one's scores, one after the other without a wait.
-      // After the last block the scores are of keys that were seen before: nobody reads them.
-#pragma unroll
-      for (int j = 0; j < 64; j++) s[j] = MAGIC;
       barrier_wait(v_full + 8 * stage, parity);
-      if (more) barrier_wait(k_full + 8 * next, next_parity);
       begin_products();
       hold(o);
-      hold(s);
 #pragma unroll
       for (int j = 0; j < 4; j++)
         add_values(o, p + 4 * j, v_at + stage * (V_BYTES / 16) + 2 * j);
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        add_scores(s, q_at + 2 * j, k_at + next * (K_BYTES / 16) + 2 * j);
       end_products();
       hold(o);
-      hold(s);
-      if (lane == 0) {
-        barrier_arrive(v_free + 8 * stage);
-        if (more) barrier_arrive(k_free + 8 * next);
-      }
+      if (lane == 0) barrier_arrive(v_free + 8 * stage);
       total[0] += o[64];
       total[1] += o[66];
       o[64] = o[65] = o[66] = o[67] = 0.0f;
-      stage = next, parity = next_parity;
-      if (++next == STAGES) next = 0, next_parity ^= 1;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
     v_scale += head * head_dim;

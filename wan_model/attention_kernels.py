@@ -80,13 +80,13 @@ def _int8_kernel(
     value, inside = _rows_of(x, stride_b, stride_l, stride_h, num_rows, rows, H, D)
     if IS_KEYS:
         value = tl.where(inside, value - _per_channel(mean, D, 0.0), 0.0)
-        largest = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), TINY)
-        tl.store(out_scale + block, largest / INT8_MAX)
-        value = value * (INT8_MAX / largest)
+        scale = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), TINY) / INT8_MAX
+        tl.store(out_scale + block, scale)
+        value = value * (1.0 / scale)
     else:
-        largest = tl.maximum(tl.max(tl.abs(value), 1), TINY)
-        tl.store(out_scale + block * ROWS + within, largest / INT8_MAX * factor)
-        value = value * (INT8_MAX / largest)[:, None]
+        scale = tl.maximum(tl.max(tl.abs(value), 1), TINY) / INT8_MAX
+        tl.store(out_scale + block * ROWS + within, scale * factor)
+        value = value * (1.0 / scale)[:, None]
     _store_swizzled(out + block * ROWS * 128, tl.floor(value + 0.5).to(tl.int8), ROWS)
 
 

@@ -139,6 +139,8 @@ class ExpertEngine:
                 self.expert, device=onto, dtype=weights_dtype, loras=adapters
             )
 
+        # Then the call of a module, not only its forward, brings them.
+        self.fetches_weights = shard_weights or offload
         if shard_weights and offload:
             raise ValueError("shard_weights and offload exclude each other: choose one")
         if shard_weights and self.mesh is None:
@@ -268,16 +270,15 @@ class ExpertEngine:
     def _predict(self, job: OpenJob) -> Tensor:
         """The guided velocity [C, T, H, W]: uncond + guidance (cond - uncond), float32."""
         if job.negative_text is None:
-            return self._forward(job, job.text)
+            return self._forward(job, job.text)[0]
         if self.mesh is not None and self.mesh.dims.cfg_parallel:
             mine = (job.text, job.negative_text)[self.mesh.cfg_rank]
-            noise_pred_cond, noise_pred_uncond = self.mesh.exchange_cfg(self._forward(job, mine))
+            noise_pred_cond, noise_pred_uncond = self.mesh.exchange_cfg(self._forward(job, mine)[0])
         else:
-            noise_pred_cond = self._forward(job, job.text)
-            noise_pred_uncond = self._forward(job, job.negative_text)
+            noise_pred_cond, noise_pred_uncond = self._forward(job, job.text, job.negative_text)
         return noise_pred_uncond + job.guidance * (noise_pred_cond - noise_pred_uncond)
 
-    def _forward(self, job: OpenJob, text: TextContext) -> Tensor:
+    def _forward(self, job: OpenJob, *texts: TextContext) -> list[Tensor]:
         conditioning, state = job.conditioning, job.state
         timestep = job.schedule.timesteps[state.step_index]
         rows = [timestep] if conditioning.first_frame is None else [0.0, timestep]
@@ -285,7 +286,10 @@ class ExpertEngine:
         if conditioning.image_channels is not None:
             latents = torch.cat([latents, conditioning.image_channels])
         timesteps = torch.tensor([rows], dtype=torch.float32, device=self.device)
-        return self.transformer(latents[None], timesteps, text, self.sp)[0]
+        inputs = (latents[None], timesteps)
+        if self.fetches_weights:
+            return [self.transformer(*inputs, text, self.sp)[0] for text in texts]
+        return [y[0] for y in self.transformer.forward_each(*inputs, list(texts), self.sp)]
 
 
 def _impose_first_frame(state: DenoiseState, conditioning: Conditioning) -> DenoiseState:

@@ -9,6 +9,7 @@ Shapes as in `transformer`; R = B * N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,46 +36,56 @@ def run_blocks(
     e_BGD: Tensor,
     num_clean: int,
     rope: tuple[Tensor, Tensor],
-    text: TextContext,
+    texts: Sequence[TextContext],
     sp: SequenceParallel,
     num_tokens: int,
-) -> Tensor:
-    """All blocks and the head's modulated norm: x [B, N, D] float32 (changed in place) -> [B, N, D]
+) -> list[Tensor]:
+    """All blocks and the head's modulated norm, for each text: x [B, N, D] float32 (changed in
 
-    float32, ready for the head's linear. `num_clean` of this rank's tokens have timestep row 0.
+    place) -> [B, N, D] float32, ready for the head's linear. `num_clean` of this rank's tokens have
+    timestep row 0. The first block's self-attention, which knows no text, is computed once.
     """
     layout = RowLayout(num_tokens=x_BND.shape[1], num_clean=num_clean)
     shape, eps = x_BND.shape, head.eps
-    x = x_BND.contiguous().view(-1, shape[2])
+    stream = x_BND.contiguous().view(-1, shape[2])
     norms = _norms(blocks, head, modulation_BG6D, e_BGD)
-    modulation = norms[0]
     y = add_norm(
-        x, (), modulation.scale1, modulation.shift1, layout, eps=eps,
-        out_dtype=_input_dtype(modulation.linear),
+        stream, (), norms[0].scale1, norms[0].shift1, layout, eps=eps,
+        out_dtype=_input_dtype(norms[0].linear),
     )  # fmt: skip
-    for block, (k, v), modulation, following in zip(
-        blocks, text, norms[:-1], norms[1:], strict=True
-    ):
-        y = _self_attention(block, y, layout, rope, sp, num_tokens)
-        attended = _change(block.self_attn.o, y, modulation.gate1)
-        # Not stored: the next sum takes it again, which reads 2 bytes and saves writing 4.
-        y = add_norm(
-            x, (attended,), block.norm3.weight[None, None], block.norm3.bias[None, None],
-            layout, eps=eps, out_dtype=_input_dtype(block.cross_attn.q), store=False,
-        )  # fmt: skip
-        y = _cross_attention(block, y, layout, k, v, sp)
-        looked_up = _change(block.cross_attn.o, y, None)
-        y = add_norm(
-            x, (attended, looked_up), modulation.scale2, modulation.shift2, layout, eps=eps,
-            out_dtype=_input_dtype(block.ffn[0]),
-        )  # fmt: skip
-        del attended, looked_up
-        y = gelu(block.ffn[0](y), out_dtype=_input_dtype(block.ffn[2]))
-        y = add_norm(
-            x, (_change(block.ffn[2], y, modulation.gate2),), following.scale1, following.shift1,
-            layout, eps=eps, out_dtype=_input_dtype(following.linear),
-        )  # fmt: skip
-    return y.view(shape)
+    y = _self_attention(blocks[0], y, layout, rope, sp, num_tokens)
+    first = _change(blocks[0].self_attn.o, y, norms[0].gate1)
+    made = []
+    for text in texts:
+        x = stream if text is texts[-1] else stream.clone()
+        for block, (k, v), modulation, following in zip(
+            blocks, text, norms[:-1], norms[1:], strict=True
+        ):
+            attended = first
+            if block is not blocks[0]:
+                y = _self_attention(block, y, layout, rope, sp, num_tokens)
+                attended = _change(block.self_attn.o, y, modulation.gate1)
+            # Not stored: the next sum takes it again, which reads 2 bytes and saves writing 4.
+            y = add_norm(
+                x, (attended,), block.norm3.weight[None, None], block.norm3.bias[None, None],
+                layout, eps=eps, out_dtype=_input_dtype(block.cross_attn.q), store=False,
+            )  # fmt: skip
+            y = _cross_attention(block, y, layout, k, v, sp)
+            looked_up = _change(block.cross_attn.o, y, None)
+            y = add_norm(
+                x, (attended, looked_up), modulation.scale2, modulation.shift2, layout, eps=eps,
+                out_dtype=_input_dtype(block.ffn[0]),
+            )  # fmt: skip
+            del attended, looked_up
+            y = gelu(block.ffn[0](y), out_dtype=_input_dtype(block.ffn[2]))
+            change = _change(block.ffn[2], y, modulation.gate2)
+            y = add_norm(
+                x, (change,), following.scale1, following.shift1, layout, eps=eps,
+                out_dtype=_input_dtype(following.linear),
+            )  # fmt: skip
+            del change
+        made.append(y.view(shape))
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)

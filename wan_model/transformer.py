@@ -77,6 +77,12 @@ class WanTransformer(nn.Module):
         self, latents: Tensor, timesteps: Tensor, text: TextContext, sp: SequenceParallel
     ) -> Tensor:
         """timesteps [B, 1], or [B, 2] = (first latent frame, all others). Returns float32."""
+        return self.forward_each(latents, timesteps, [text], sp)[0]
+
+    def forward_each(
+        self, latents: Tensor, timesteps: Tensor, texts: list[TextContext], sp: SequenceParallel
+    ) -> list[Tensor]:
+        """`forward` with each of the texts, to the bit; what knows no text is computed once."""
         batch_size, _, t, h, w = latents.shape
         patch_t, patch_h, patch_w = self.config.patch_size
         grid = (t // patch_t, h // patch_h, w // patch_w)
@@ -93,14 +99,17 @@ class WanTransformer(nn.Module):
         )
         x_BND = sp.shard(x_BSD, dim=1).float()
         if self.fused if self.fused is not None else self._should_fuse(x_BND):
-            rows = (modulation_BG6D, e_BGD, int(clean_N.sum()), rope, text, sp, num_tokens)
-            x_BND = self.head.head(run_blocks(self.blocks, self.head, x_BND, *rows))
+            rows = (modulation_BG6D, e_BGD, int(clean_N.sum()), rope, texts, sp, num_tokens)
+            made = [self.head.head(y) for y in run_blocks(self.blocks, self.head, x_BND, *rows)]
         else:
             clean_N1 = clean_N[:, None].to(x_BND.device) if timesteps.shape[1] == 2 else None
-            for block, (k, v) in zip(self.blocks, text, strict=True):
-                x_BND = block(x_BND, modulation_BG6D, clean_N1, rope, k, v, sp, num_tokens)
-            x_BND = self.head(x_BND, e_BGD, clean_N1)
-        return self._unpatchify(sp.gather(x_BND, num_tokens), grid, batch_size)
+            made = []
+            for text in texts:
+                y_BND = x_BND
+                for block, (k, v) in zip(self.blocks, text, strict=True):
+                    y_BND = block(y_BND, modulation_BG6D, clean_N1, rope, k, v, sp, num_tokens)
+                made.append(self.head(y_BND, e_BGD, clean_N1))
+        return [self._unpatchify(sp.gather(y, num_tokens), grid, batch_size) for y in made]
 
     def _should_fuse(self, x: Tensor) -> bool:
         """With fp8 linears, and without gradients on a GPU whose kernels fit this width."""

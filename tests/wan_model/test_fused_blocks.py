@@ -137,3 +137,17 @@ def test_an_expert_opened_in_fp8_holds_fp8_weights_and_can_step():
     engine = ExpertEngine(checkpoint="wan-tiny", expert="high_noise", device="cpu", precision="fp8")
     assert isinstance(engine.transformer.blocks[0].ffn[2], Fp8Linear)
     engine.warm_up()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@torch.inference_mode()
+def test_forwards_that_share_what_knows_no_text_are_equal_to_the_bit(fused):
+    model = make()
+    model.fused = fused
+    latents, timesteps = torch.randn(1, 16, 3, 4, 6), torch.tensor([[700.0]])
+    texts = [model.embed_text([torch.randn(n, model.config.text_dim)]) for n in (7, 2, 5)]
+    alone = [model(latents, timesteps, text, SequenceParallel()) for text in texts]
+    together = model.forward_each(latents, timesteps, texts, SequenceParallel())
+    assert len({tuple(y.flatten().tolist()) for y in together}) == 3
+    for got, expected in zip(together, alone, strict=True):
+        assert torch.equal(got, expected)
