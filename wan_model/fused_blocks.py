@@ -56,13 +56,14 @@ def run_blocks(
     y = _self_attention(blocks[0], y, layout, rope, sp, num_tokens)
     first = _change(blocks[0].self_attn.o, y, norms[0].gate1)
     made = []
-    for text in texts:
-        x = stream if text is texts[-1] else stream.clone()
+    for num_left, text in zip(reversed(range(len(texts))), texts, strict=True):
+        x = stream.clone() if num_left else stream
         for block, (k, v), modulation, following in zip(
             blocks, text, norms[:-1], norms[1:], strict=True
         ):
-            attended = first
-            if block is not blocks[0]:
+            if block is blocks[0]:
+                attended, first = first, first if num_left else None
+            else:
                 y = _self_attention(block, y, layout, rope, sp, num_tokens)
                 attended = _change(block.self_attn.o, y, modulation.gate1)
             # Not stored: the next sum takes it again, which reads 2 bytes and saves writing 4.
