@@ -34,13 +34,13 @@ def forwards(experts, monkeypatch):
     """A list that grows by one entry a forward."""
     calls = []
     for expert, engine in experts.items():
-        forward = engine.transformer.forward
+        forward_each = engine.transformer.forward_each
 
-        def counted(*args, _expert=expert, _forward=forward, **kwargs):
-            calls.append(_expert)
-            return _forward(*args, **kwargs)
+        def counted(latents, timesteps, texts, sp, _expert=expert, _forward_each=forward_each):
+            calls.extend([_expert] * len(texts))
+            return _forward_each(latents, timesteps, texts, sp)
 
-        monkeypatch.setattr(engine.transformer, "forward", counted)
+        monkeypatch.setattr(engine.transformer, "forward_each", counted)
     return calls
 
 
