@@ -40,10 +40,10 @@ def run_blocks(
     sp: SequenceParallel,
     num_tokens: int,
 ) -> list[Tensor]:
-    """All blocks and the head's modulated norm, for each text: x [B, N, D] float32 (changed in
+    """All blocks and the head's modulated norm -> for each text [B, N, D], for the head's linear.
 
-    place) -> [B, N, D] float32, ready for the head's linear. `num_clean` of this rank's tokens have
-    timestep row 0. The first block's self-attention, which knows no text, is computed once.
+    x [B, N, D] float32 is changed in place; `num_clean` of this rank's tokens have timestep row 0.
+    The first block's self-attention, which knows no text, is computed once.
     """
     layout = RowLayout(num_tokens=x_BND.shape[1], num_clean=num_clean)
     shape, eps = x_BND.shape, head.eps

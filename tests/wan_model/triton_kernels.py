@@ -21,17 +21,12 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch, ops: ModuleType) -> None:
 
 
 def _repair_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two faults of the interpreter of Triton 3.6 and 3.7: a loop's bound that was computed is an
-    array, which NumPy 2.5 takes for no index, and an fp8 mantissa that rounds up past its end
+    """A fault of the interpreter of Triton 3.6 and 3.7: an fp8 mantissa that rounds up past its end
     loses its carry."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    make_usable, to_float = interpreter._patch_lang_tensor, interpreter._convert_float
-
-    def with_index(tensor, scope):
-        make_usable(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    to_float = interpreter._convert_float
 
     def with_carry(data, from_type, to_type, rounding):
         if (from_type, to_type) != (tl.float32, tl.float8e4nv):
@@ -39,5 +34,4 @@ def _repair_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
         return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
     monkeypatch.setattr(interpreter, "_convert_float", with_carry)
