@@ -7,6 +7,7 @@ is given views of them. Knows nothing about timing.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
@@ -14,6 +15,10 @@ from wan_model.checkpoint_keys import transformer_slots
 from wan_model.config import TransformerConfig
 from wan_model.parallel import SequenceParallel
 from wan_model.transformer import WanTransformer, is_float32_island
+
+PROMPT_TOKENS = 120
+"""Of about 90 words, as long as an extended prompt. Both implementations attend to its padding;
+Diffusers is given all of it."""
 
 
 def random_expert(config: TransformerConfig, dtype: torch.dtype, device: str) -> WanTransformer:
@@ -74,8 +79,10 @@ class Forward:
             1, config.in_channels, *latent_shape, device=device, generator=generator
         )
         self.prompt = torch.randn(
-            config.text_len, config.text_dim, device=device, generator=generator
-        )
+            min(PROMPT_TOKENS, config.text_len - 1), config.text_dim,
+            device=device, generator=generator,
+        )  # fmt: skip
+        self.text_len = config.text_len
         rows = [[0.0, 900.0]] if clean_first_frame else [[900.0]]
         self.timesteps = torch.tensor(rows, device=device)
         t, h, w = latent_shape
@@ -89,7 +96,8 @@ class Forward:
         return lambda: model(self.latents, self.timesteps, text, sp)
 
     def theirs(self, twin: WanTransformer3DModel):
-        prompt = self.prompt[None].to(twin.dtype)
+        padding = self.text_len - len(self.prompt)
+        prompt = F.pad(self.prompt, (0, 0, 0, padding))[None].to(twin.dtype)
         latents = self.latents.to(twin.dtype)
         timestep = self.timesteps[:, -1]
         if self.num_clean:

@@ -21,7 +21,7 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 import wan_model.engine
-from benchmarks.full_size_experts import random_expert
+from benchmarks.full_size_experts import PROMPT_TOKENS, random_expert
 from benchmarks.gpu_timing import Record, machine, peak_bytes, start_counting_memory
 from benchmarks.vae import random_vae
 from wan_model.config import T2V_A14B, TI2V_5B, WanConfig
@@ -104,10 +104,11 @@ class Bench:
         def run(limit: int | None) -> dict[str, float]:
             seconds: dict[str, float] = {}
             seconds["text"] = self.time(lambda: self.encode(encoder, 2 if guided else 1))
+            num_tokens = min(PROMPT_TOKENS, config.transformer.text_len - 1)
             text = np.random.default_rng(0).standard_normal(
-                (config.transformer.text_len, config.transformer.text_dim), np.float32
+                (2, num_tokens, config.transformer.text_dim), np.float32
             )
-            conditioning = {"prompt_embeds": text, "negative_prompt_embeds": text[:8]}
+            conditioning = dict(zip(("prompt_embeds", "negative_prompt_embeds"), text, strict=True))
             first = build_schedule(params).boundary_step
             spans = [range(params.num_steps)]
             if len(experts) == 2:

@@ -34,6 +34,7 @@ from wan_model.attention import attention, resolve_backend
 from wan_model.config import T2V_A14B, TI2V_5B, TransformerConfig, WanConfig
 from wan_model.params import VideoParams
 from wan_model.row_ops import quantise_rows
+from wan_model.text_attention import TextKeys, text_attention
 from wan_model.transformer import WanTransformer, is_float32_island
 
 CASES: dict[str, tuple[WanConfig, int, int]] = {
@@ -75,7 +76,8 @@ ERRORS = {  # which of the measured errors a row has
 
 
 def forward_flop(config: TransformerConfig, num_tokens: int) -> float:
-    """Floating-point operations of one forward: blocks, patches, head and text (wan-spec 10)."""
+    """Floating-point operations of one forward: blocks, patches, head and text (wan-spec 10), the
+    text's padding included."""
     c, s, text, d = config, num_tokens, config.text_len, config.dim
     block = 8 * s * d**2 + 4 * s**2 * d + 4 * s * d**2 + 4 * text * d**2
     block += 4 * s * text * d + 4 * s * d * c.ffn_dim
@@ -163,6 +165,12 @@ class Bench:
             torch.randn(1, s, *heads, device=self.device, dtype=self.dtype) for _ in range(3)
         )
         text = torch.randn(1, c.text_len, *heads, device=self.device, dtype=self.dtype)
+        num_rows = len(self.forward_of(case).prompt) + 1
+        keys = TextKeys(
+            text[:, :num_rows], text[:, :num_rows], torch.zeros(1, num_rows, device=self.device)
+        )
+        flop = 4 * s * num_rows * c.dim
+        self._ceiling(found, "cross_ours", flop, partial(text_attention, q, keys))
         kernels = ("flash_attn_4", "cudnn", "fp8") if self.on_gpu else ("sdpa", "fp8")
         for backend in kernels:
             self._ceiling(

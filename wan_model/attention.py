@@ -28,9 +28,6 @@ from wan_model.quantised_attention import quantised_attention
 
 WithLSE = tuple[Tensor, Tensor]
 
-FEW_KEYS = 512
-"""With a text's keys cuDNN is 1.5 times as fast as FlashAttention 4 on an H200."""
-
 WIDE_TILES = {"tile_mn": (192, 128), "mma_pv_is_rs": False, "num_threads": 512}
 """Of FlashAttention 4 at head_dim 128 on an H200: 2.6 % less time than its own choice."""
 
@@ -52,7 +49,7 @@ class Kernel:
 
 def attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v -> [B, L, H, D]. Every key is attended to."""
-    name = resolve_backend(backend, q_BLHD, num_keys=k_BSHD.shape[1])
+    name = resolve_backend(backend, q_BLHD)
     return _KERNELS[name].run(q_BLHD, k_BSHD, v_BSHD)
 
 
@@ -73,16 +70,11 @@ def attention_with_lse(
     return run(q_BLHD, k_BSHD, v_BSHD)
 
 
-def resolve_backend(backend: str, q: Tensor, *, num_keys: int | None = None) -> str:
-    """The kernel's name; "auto" is the fastest that can be imported for tensors like `q`.
-
-    `num_keys` None means many.
-    """
+def resolve_backend(backend: str, q: Tensor) -> str:
+    """The kernel's name; "auto" is the fastest that can be imported for tensors like `q`."""
     if backend == "auto":
         if q.device.type != "cuda" or q.dtype == torch.float32:  # the fast ones are 16 bit only
             return "sdpa"
-        if num_keys is not None and num_keys <= FEW_KEYS:
-            return "cudnn"
         return "flash_attn_4" if _first_module(_KERNELS["flash_attn_4"]) else "cudnn"
     if backend not in _KERNELS:
         known = ", ".join(ATTENTION_BACKENDS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
@@ -382,13 +382,12 @@ class VAEEngine:
             if video.num_frames == 1:
                 made["png"] = pictures.png(frames)
 
-        with (
-            media.Mp4Writer(file, width=video.width, height=video.height, fps=video.fps) as mp4,
-            Follower(write, max_waiting=2) as follower,
-        ):
-            for frames in self._decoded(state):
-                follower.put(frames)
-        sheet_webp = sheet.to_webp()
+        size = {"width": video.width, "height": video.height}
+        with media.Mp4Writer(file, **size, fps=video.fps) as mp4:
+            with Follower(write, max_waiting=2) as follower:
+                for frames in self._decoded(state):
+                    follower.put(frames)
+            sheet_webp = sheet.to_webp()  # while the encoder's threads have frames left
         return made | {
             "mp4": file.getvalue(), "spritesheet": sheet_webp, "num_frames": mp4.num_frames,
         }  # fmt: skip
@@ -405,17 +404,38 @@ class VAEEngine:
         frames = self.decode_frames({"latents": shrunk.numpy()})
         return pictures.animation(frames, fps=VideoParams(**params).fps)
 
-    def _decoded(self, state: Arrays):
+    def _decoded(self, state: Arrays) -> Iterator[np.ndarray]:
+        """A piece leaves the device while the next one is being decoded."""
         latents = torch.tensor(state["latents"], device=self.device)[None]
         chunk = _chunk(latents[0, 0].numel() * math.prod(self.config.vae.stride))
         rows = divide_rows(latents.shape[3]) if self.split_rows else None
         if rows is not None:
             latents = rows.mine(latents, dim=3)
+        leaving = None
         for frames in self.vae.decode_chunks(latents, chunk=chunk, rows=rows):
             pixels_FHWC = media.frames_to_uint8(frames[0])
             if rows is not None:
                 pixels_FHWC = rows.gather(pixels_FHWC, dim=1)
-            yield pixels_FHWC.cpu().numpy()
+            before, leaving = leaving, _begin_copy(pixels_FHWC)
+            if before is not None:
+                yield before()
+        yield leaving()
+
+
+def _begin_copy(x: Tensor) -> Callable[[], np.ndarray]:
+    """Starts a copy to the CPU that nothing waits for; what is returned waits for it."""
+    if not x.is_cuda:
+        return x.numpy
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return copy.numpy()
+
+    return wait
 
 
 def _shrink(latents_CTHW: Tensor, stride: tuple[int, int, int], max_pixels: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wan_model.fp8 import Fp8Linear
 from wan_model.parallel import SequenceParallel
 from wan_model.row_ops import FP8, Change, RowLayout, Rows, add_norm, gelu, norm_rope
+from wan_model.text_attention import TextKeys, text_attention
 
 if TYPE_CHECKING:
     from wan_model.transformer import Block, Head, TextContext
@@ -58,7 +59,7 @@ def run_blocks(
     made = []
     for num_left, text in zip(reversed(range(len(texts))), texts, strict=True):
         x = stream.clone() if num_left else stream
-        for block, (k, v), modulation, following in zip(
+        for block, keys, modulation, following in zip(
             blocks, text, norms[:-1], norms[1:], strict=True
         ):
             if block is blocks[0]:
@@ -71,14 +72,14 @@ def run_blocks(
                 x, (attended,), block.norm3.weight[None, None], block.norm3.bias[None, None],
                 layout, eps=eps, out_dtype=_input_dtype(block.cross_attn.q), store=False,
             )  # fmt: skip
-            y = _cross_attention(block, y, layout, k, v, sp)
+            y = _cross_attention(block, y, layout, keys)
             looked_up = _change(block.cross_attn.o, y, None)
             y = add_norm(
                 x, (attended, looked_up), modulation.scale2, modulation.shift2, layout, eps=eps,
                 out_dtype=_input_dtype(block.ffn[0]),
             )  # fmt: skip
             del attended, looked_up
-            y = gelu(block.ffn[0](y), out_dtype=_input_dtype(block.ffn[2]))
+            y = _linear_gelu(block.ffn[0], y, out_dtype=_input_dtype(block.ffn[2]))
             change = _change(block.ffn[2], y, modulation.gate2)
             y = add_norm(
                 x, (change,), following.scale1, following.shift1, layout, eps=eps,
@@ -149,14 +150,19 @@ def _self_attention(
     return _rows(sp.attention(*qkv_BN3HD.unbind(2), num_tokens))
 
 
-def _cross_attention(
-    block: Block, y: Rows, layout: RowLayout, k: Tensor, v: Tensor, sp: SequenceParallel
-) -> Tensor:
+def _cross_attention(block: Block, y: Rows, layout: RowLayout, text: TextKeys) -> Tensor:
     layer = block.cross_attn
     q = layer.q(y)
     norm_rope(q, (layer.norm_q.weight,), None, layout, eps=layer.norm_q.eps)
-    q_BNHD = q.view(-1, layout.num_tokens, layer.num_heads, k.shape[-1])
-    return _rows(sp.cross_attention(q_BNHD, k, v))
+    q_BNHD = q.view(-1, layout.num_tokens, layer.num_heads, text.k.shape[-1])
+    return _rows(text_attention(q_BNHD, text))
+
+
+def _linear_gelu(linear: nn.Module, y: Rows, *, out_dtype: torch.dtype) -> Rows:
+    if isinstance(y, Tensor) and y.is_cuda and out_dtype != FP8:
+        # In the product's own last step on a GPU, before it rounds; GELU's tanh form there.
+        return torch._addmm_activation(linear.bias, y, linear.weight.t(), use_gelu=True)
+    return gelu(linear(y), out_dtype=out_dtype)
 
 
 def _rows(x_BNHD: Tensor) -> Tensor:

@@ -33,8 +33,6 @@ class SequenceParallel:
     def __init__(self, mesh: Mesh | None = None, attention_backend: str = "auto") -> None:
         self.mesh = mesh
         self.attention_backend = attention_backend
-        # A text's few keys are not worth quantising.
-        self.text_backend = "auto" if attention_backend == "fp8" else attention_backend
         self.degree = mesh.dims.sp_degree if mesh else 1
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
@@ -69,10 +67,6 @@ class SequenceParallel:
         else:
             out = self._ring_attention(q, k, v, num_tokens)
         return self._gather_heads(out)
-
-    def cross_attention(self, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
-        """Attention of this rank's tokens to the text, which every rank holds: no exchange."""
-        return attention(q_BNHD, k_BLHD, v_BLHD, self.text_backend)
 
     def _scatter_heads(self, x_BNHD: Tensor) -> Tensor:
         """[B, N, H, D] -> [B, N u, H / u, D]: all tokens of this ring block, some heads."""

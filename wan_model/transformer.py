@@ -25,9 +25,10 @@ from wan_model.fp8 import Fp8Linear
 from wan_model.fused_blocks import run_blocks
 from wan_model.parallel import SequenceParallel
 from wan_model.row_ops import has_triton, kernels_fit
+from wan_model.text_attention import TextKeys, count_rows, text_attention
 
-TextContext = list[tuple[Tensor, Tensor]]
-"""Per block the cross-attention keys and values, [B, L, H, head_dim] each."""
+TextContext = list[TextKeys]
+"""One per block."""
 
 
 def is_float32_island(name: str) -> bool:
@@ -65,13 +66,15 @@ class WanTransformer(nn.Module):
         """[num_tokens, text_dim] per sample -> the cross-attention keys and values of each block.
 
         They depend on the prompt alone: once per job and expert is enough. Prompts are padded with
-        zero rows to text_len and the padding is attended to, as the model was trained.
+        zero rows to text_len and the padding is attended to, as the model was trained: a few rows
+        are computed and counted as often as needed.
         """
-        text_BLD = torch.stack(
-            [F.pad(e, (0, 0, 0, self.config.text_len - e.shape[0])) for e in prompt_embeds]
-        )
+        log_counts = count_rows([len(e) for e in prompt_embeds], self.config.text_len)
+        num_rows = log_counts.shape[1]
+        text_BLD = torch.stack([F.pad(e, (0, 0, 0, num_rows - len(e))) for e in prompt_embeds])
         text_BLD = self.text_embedding(text_BLD.to(self.dtype))
-        return [block.keys_and_values(text_BLD) for block in self.blocks]
+        log_counts = log_counts.to(text_BLD.device)
+        return [TextKeys(*block.keys_and_values(text_BLD), log_counts) for block in self.blocks]
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: TextContext, sp: SequenceParallel
@@ -106,8 +109,8 @@ class WanTransformer(nn.Module):
             made = []
             for text in texts:
                 y_BND = x_BND
-                for block, (k, v) in zip(self.blocks, text, strict=True):
-                    y_BND = block(y_BND, modulation_BG6D, clean_N1, rope, k, v, sp, num_tokens)
+                for block, keys in zip(self.blocks, text, strict=True):
+                    y_BND = block(y_BND, modulation_BG6D, clean_N1, rope, keys, sp, num_tokens)
                 made.append(self.head(y_BND, e_BGD, clean_N1))
         return [self._unpatchify(sp.gather(y, num_tokens), grid, batch_size) for y in made]
 
@@ -168,8 +171,7 @@ class Block(nn.Module):
         modulation_BG6D: Tensor,
         clean_N1: Tensor | None,
         rope: tuple[Tensor, Tensor],
-        text_k: Tensor,
-        text_v: Tensor,
+        text: TextKeys,
         sp: SequenceParallel,
         num_tokens: int,
     ) -> Tensor:
@@ -178,7 +180,7 @@ class Block(nn.Module):
         dtype = self.self_attn.qkv.weight.dtype
         y = layer_norm(x_BND, self.eps) * (1 + scale1) + shift1
         x_BND = x_BND + gate1 * self.self_attn(y.to(dtype), rope, sp, num_tokens)
-        x_BND = x_BND + self.cross_attn(self.norm3(x_BND).to(dtype), text_k, text_v, sp)
+        x_BND = x_BND + self.cross_attn(self.norm3(x_BND).to(dtype), text)
         y = layer_norm(x_BND, self.eps) * (1 + scale2) + shift2
         return x_BND + gate2 * self.ffn(y.to(dtype))
 
@@ -218,9 +220,9 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, -1)
         return self.norm_k(k).to(v.dtype).unflatten(-1, heads), v.unflatten(-1, heads).contiguous()
 
-    def forward(self, x_BND: Tensor, k: Tensor, v: Tensor, sp: SequenceParallel) -> Tensor:
-        q = self.norm_q(self.q(x_BND)).to(k.dtype).unflatten(-1, (self.num_heads, -1))
-        return self.o(sp.cross_attention(q, k, v).flatten(2))
+    def forward(self, x_BND: Tensor, text: TextKeys) -> Tensor:
+        q = self.norm_q(self.q(x_BND)).to(text.k.dtype).unflatten(-1, (self.num_heads, -1))
+        return self.o(text_attention(q, text).flatten(2))
 
 
 class Head(nn.Module):

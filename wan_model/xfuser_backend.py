@@ -25,7 +25,7 @@ KERNELS = {"sdpa": "SDPA_FLASH", "cudnn": "CUDNN", "flash_attn_4": "FLASH_4"}
 
 
 class XfuserSequenceParallel(SequenceParallel):
-    """`SequenceParallel` whose self-attention is xfuser's; cross-attention is local and ours."""
+    """`SequenceParallel` whose attention is xfuser's."""
 
     def __init__(self, mesh: Mesh, attention: str, *, num_heads: int, device: str) -> None:
         """Collective. Raises ValueError where xfuser is missing or cannot be imported."""

@@ -124,10 +124,9 @@ def test_a_ring_with_a_kernel_that_has_no_log_sum_exp_is_refused_by_name():
         check_backends(attention="sdpa", parallel_backend="deepspeed", ring_degree=1)
 
 
-def test_on_a_gpu_a_texts_few_keys_go_to_cudnn_and_many_to_flash_attention_4(monkeypatch):
-    attention_packages.install(monkeypatch, "flash_attn_4")
+def test_on_a_gpu_flash_attention_4_is_chosen_where_it_is_installed(monkeypatch):
     like = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16)
-    assert resolve_backend("auto", like, num_keys=512) == "cudnn"
-    assert resolve_backend("auto", like, num_keys=513) == "flash_attn_4"
+    assert resolve_backend("auto", like) == "cudnn"
+    attention_packages.install(monkeypatch, "flash_attn_4")
     assert resolve_backend("auto", like) == "flash_attn_4"
-    assert resolve_backend("flash_attn_4", like, num_keys=512) == "flash_attn_4"
+    assert resolve_backend("cudnn", like) == "cudnn"

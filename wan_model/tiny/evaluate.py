@@ -129,12 +129,7 @@ def _contexts(
     ids = torch.tensor([row + [PAD_TOKEN_ID] * (length - len(row)) for row in rows])
     embeds = embed_prompts(models.text_encoder, ids.to(models.device))
     trimmed = [e[: len(row)] for e, row in zip(embeds, rows, strict=True)]
-    # Repeated, not expanded: attention kernels want real memory.
-    repeats = (len(prompts), 1, 1, 1)
-    negative = expert.embed_text(trimmed[-1:])
-    return expert.embed_text(trimmed[:-1]), [
-        (k.repeat(repeats), v.repeat(repeats)) for k, v in negative
-    ]
+    return expert.embed_text(trimmed[:-1]), expert.embed_text(trimmed[-1:] * len(prompts))
 
 
 def _with_first_frame(state: DenoiseState, first: Tensor | None) -> DenoiseState:

@@ -216,21 +216,6 @@ def _attend(layer: nn.Module, x_BLD: Tensor, mask_B11L: Tensor) -> Tensor:
     return layer.o((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
-def text_context(expert: WanTransformer, embeds_BLD: Tensor) -> TextContext:
-    """`expert.embed_text` of prompts whose last row is padding, at a tenth of its cost.
-
-    The rows from L to text_len are equal to the last one, so they are computed once.
-    """
-    rows = expert.text_embedding(embeds_BLD.to(expert.dtype))
-    num_equal = expert.config.text_len - rows.shape[1]
-
-    def pad(x: Tensor) -> Tensor:
-        return torch.cat([x, x[:, -1:].expand(-1, num_equal, -1, -1)], dim=1)
-
-    pairs = (block.cross_attn.keys_and_values(rows) for block in expert.blocks)
-    return [(pad(k), pad(v)) for k, v in pairs]
-
-
 # ---------------------------------------------------------------------------------------- loss
 
 
@@ -319,7 +304,8 @@ def _expert_loss(
     sigma = sigma.view(-1, 1, 1, 1, 1)
     noise = draw.normal(x0.shape)
     latents = (1 - sigma) * x0 + sigma * noise
-    context = text_context(expert, embeds_BLD)
+    # The last row is padding, which is attended to as often as text_len wants.
+    context = expert.embed_text(list(embeds_BLD[:, :-1]))
     if config.task == "ti2v":
         is_clean = draw.uniform(batch_size) < CLEAN_FIRST_FRAMES
         return _first_frame_loss(expert, latents, x0, noise, timestep, is_clean, context, sp)
