@@ -2,7 +2,7 @@
 
 Owns what runs on a CUDA device (compute capability 9.0) only; what it computes is defined, in
 PyTorch, in `quantised_attention`, its only caller. The attention itself is `attention_hopper.cu`,
-compiled by NVRTC once a process and device.
+loaded and launched by `hopper`.
 
 Operands lie as that kernel's shared memory wants them, so that a block is copied in one piece: rows
 of 128 bytes (a head_dim below 128 is filled up with zeros) whose 16-byte pieces are swizzled, piece
@@ -16,13 +16,14 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from wan_model.hopper import Kernel
 
 if TYPE_CHECKING:
     from wan_model.quantised_attention import Means
@@ -33,6 +34,10 @@ QUERIES = 64  # of a group of warps
 GROUPS, STAGES = 3, 4  # as in attention_hopper.cu
 CHANNELS = MAX_HEAD_DIM + 8  # of the values: the last 8 are 1 for a key that there is
 SHARED_BYTES = GROUPS * QUERIES * 128 + STAGES * (KEYS + CHANNELS) * 128 + 8 * (1 + 4 * STAGES)
+KERNEL = Kernel(
+    who="attention backend fp8", file="attention_hopper.cu", name="attention",
+    num_threads=128 * (GROUPS + 1), shared_bytes=SHARED_BYTES,
+)  # fmt: skip
 
 INT8_MAX = tl.constexpr(127.0)
 FP8_MAX = tl.constexpr(448.0)
@@ -144,11 +149,11 @@ def lay_out(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, means: Means) -> Ope
     with torch.cuda.device_of(q_BLHD):
         _int8_kernel[(groups, b * h)](
             q_BLHD, mean_k, made.q, made.q_scale, *q_BLHD.stride()[:3], num_queries, to_log2,
-            H=h, D=d, ROWS=QUERIES, IS_KEYS=False,
+            H=h, D=d, ROWS=QUERIES, IS_KEYS=False, num_warps=8,
         )  # fmt: skip
         _int8_kernel[(blocks, b * h)](
             k_BSHD, mean_k, made.k, made.k_scale, *k_BSHD.stride()[:3], num_keys, 1.0,
-            H=h, D=d, ROWS=KEYS, IS_KEYS=True,
+            H=h, D=d, ROWS=KEYS, IS_KEYS=True, num_warps=8,
         )  # fmt: skip
         _values_kernel[(blocks, b * h)](
             v_BSHD, mean_v, v_scale, made.v, *v_BSHD.stride()[:3], num_keys,
@@ -177,63 +182,9 @@ def quantised_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, means: M
     )  # fmt: skip
     numbers = (num_queries, padded_queries, num_blocks, h, d)
     with torch.cuda.device_of(q_BLHD):
-        _launch(
+        KERNEL.launch(
             (triton.cdiv(padded_queries, GROUPS * QUERIES), b * h),
             (*(x.data_ptr() for x in tensors), *numbers),
             (*(ctypes.c_void_p for _ in tensors), *(ctypes.c_int for _ in numbers)),
         )
     return out.to(q_BLHD.dtype)
-
-
-def _launch(grid: tuple[int, int], values: tuple[int, ...], types: tuple[type, ...]) -> None:
-    from cuda.bindings import driver
-
-    stream = torch.cuda.current_stream()
-    _checked(
-        driver.cuLaunchKernel(
-            _function(torch.cuda.current_device()), *grid, 1, 128 * (GROUPS + 1), 1, 1,
-            SHARED_BYTES, stream.cuda_stream, (values, types), 0,
-        )
-    )  # fmt: skip
-
-
-@functools.cache
-def _function(device: int):
-    """The kernel, loaded on the current device. RuntimeError where it cannot be compiled."""
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise ValueError(
-            "attention backend fp8 needs cuda-bindings: pip install cuda-bindings"
-        ) from error
-    module = _checked(driver.cuModuleLoadData(_compiled()))
-    function = _checked(driver.cuModuleGetFunction(module, b"attention"))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, attribute, SHARED_BYTES))
-    return function
-
-
-@functools.cache
-def _compiled() -> bytes:
-    """Machine code for Hopper."""
-    from cuda.bindings import nvrtc
-
-    source = Path(__file__).with_name("attention_hopper.cu").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"attention_hopper.cu", 0, [], []))
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"attention_hopper.cu does not compile: {log.decode()[:400]}")
-    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    return code
-
-
-def _checked(result: tuple):
-    """What a call of the CUDA bindings returned after its error code. RuntimeError for an error."""
-    error, *values = result
-    if error.value:
-        raise RuntimeError(f"attention backend fp8: {error.name}")
-    return values[0] if values else None

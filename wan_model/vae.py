@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from wan_model import fused_vae
 from wan_model.config import VAEConfig
+from wan_model.convolution import causal_conv3d
 from wan_model.pixel_ops import norm_silu
 from wan_model.rows import Rows
 
@@ -118,12 +119,12 @@ class CausalConv3d(LooksBack, nn.Conv3d):
     def convolve(
         self, extended_BCTHW: Tensor, rows: Rows | None, *, with_bias: bool = True
     ) -> Tensor:
-        padding = self.padding
-        if rows is not None and padding[1]:
-            padding = (0, 0, padding[2])
-            extended_BCTHW = rows.with_neighbours(extended_BCTHW)
-        bias = self.bias if with_bias else None
-        return functional.conv3d(extended_BCTHW, self.weight, bias, padding=padding)
+        bias, padding_h = self.bias if with_bias else None, 1
+        if self.kernel_size[1] == 1:
+            return functional.conv3d(extended_BCTHW, self.weight, bias)
+        if rows is not None:
+            extended_BCTHW, padding_h = rows.with_neighbours(extended_BCTHW), 0
+        return causal_conv3d(extended_BCTHW, self.weight, bias, padding_h)
 
 
 class CausalSequential(LooksBack, nn.Sequential):

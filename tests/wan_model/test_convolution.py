@@ -1,0 +1,207 @@
+"""The VAE's convolution: the choice of its kernel, what the kernel is told, and its numbers."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton_kernels import DEVICE
+
+from wan_model import convolution, hopper
+from wan_model.config import VAE_2_1, VAE_2_2, VAEConfig
+from wan_model.convolution import CHANNELS, COLS, ROWS, causal_conv3d
+from wan_model.vae import WanVAE
+
+SHAPES = [(1, 6, 64), (1, 7, 9), (3, 3, 1), (2, 13, 70), (2, 37, 131)]  # frames, rows, columns out
+DIMS = [(96, 96), (192, 192), (32, 96), (96, 32), (256, 256), (96, 3), (256, 12), (1024, 512)]
+BFLOAT16 = 0.0042  # of the largest value: a little more than half a step
+TINY = {"latents_mean": (0.3, -0.2), "latents_std": (1.5, 0.6), "z_dim": 2, "num_res_blocks": 1}
+
+needs_kernel = pytest.mark.skipif(
+    DEVICE == "cpu" or not hopper.has_bindings() or not hopper.is_hopper(0),
+    reason="needs a Hopper GPU and cuda-bindings",
+)
+
+
+def draw(
+    shape: tuple[int, int, int], c: int, num_out: int, padding_h: int, *, batch: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias in bfloat16, channels together, for `shape` frames, rows, columns out."""
+    t, h, w = shape
+    generator = torch.Generator().manual_seed(c + num_out + h)
+    x = torch.randn(batch, c, t + 2, h + 2 - 2 * padding_h, w, generator=generator)
+    weight = torch.randn(num_out, c, 3, 3, 3, generator=generator) / (27 * c) ** 0.5
+    bias = torch.randn(num_out, generator=generator)
+    together = {"dtype": torch.bfloat16, "memory_format": torch.channels_last_3d}
+    return x.to(DEVICE, **together), weight.to(DEVICE, **together), bias.to(DEVICE, torch.bfloat16)
+
+
+def precisely(x: Tensor, weight: Tensor, bias: Tensor | None, padding_h: int) -> Tensor:
+    bias = None if bias is None else bias.float()
+    return F.conv3d(x.float(), weight.float(), bias, padding=(0, padding_h, 1))
+
+
+def assert_right(got: Tensor, expected: Tensor) -> None:
+    assert got.is_contiguous(memory_format=torch.channels_last_3d)
+    tolerance = BFLOAT16 * expected.abs().max().item()
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("padding_h", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_has_no_kernel_is_conv3d(dtype: torch.dtype, padding_h: int) -> None:
+    x, weight, bias = (part.to(dtype) for part in draw((2, 5, 7), 32, 96, padding_h))
+    got = causal_conv3d(x, weight, bias, padding_h)
+    assert got.shape == (1, 96, 2, 5, 7)
+    assert torch.equal(got, F.conv3d(x, weight, bias, padding=(0, padding_h, 1)))
+
+
+# ------------------------------------------------------------------- what the kernel is told
+
+
+def memory(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """What a tensor map describes, outermost dimension first."""
+    length = sum((n - 1) * s for n, s in zip(sizes, (2, *strides), strict=True)) + 2
+    values = torch.frombuffer((ctypes.c_byte * length).from_address(address), dtype=torch.bfloat16)
+    return values.as_strided(sizes[::-1], (*[s // 2 for s in strides[::-1]], 1))
+
+
+def box_of(source: Tensor, box: tuple[int, ...], *start: int) -> Tensor:
+    """As TMA copies it (`box` innermost first, `start` outermost first): 0 for what lies outside"""
+    made = torch.zeros(box[::-1])
+    inside = [
+        (max(s, 0), min(s + n, size))
+        for s, n, size in zip(start, box[::-1], source.shape, strict=True)
+    ]
+    part = source[tuple(slice(low, high) for low, high in inside)].float()
+    places = zip(inside, start, strict=True)
+    made[tuple(slice(low - s, high - s) for (low, high), s in places)] = part
+    return made
+
+
+def as_the_kernel_does(grid, values, types) -> None:
+    """What convolution_hopper.cu makes of its arguments, tile after tile."""
+    (x, x_box), (weight, weight_box), bias_at, out_at, *numbers = values
+    num_tiles, num_blocks, num_chunks, num_frames, height, width, num_out, top = numbers
+    assert len(types) == len(values) and grid == (min(num_tiles, 5), 1)
+    n = weight_box[1]
+    sizes = (num_out, width, height, num_frames)
+    out = memory(out_at, sizes, tuple(2 * num_out * s for s in (1, width, width * height)))
+    bias = memory(bias_at, (num_out,), ()) if bias_at else torch.zeros(num_out)
+    for i in range(num_tiles):
+        block, i = i % num_blocks, i // num_blocks
+        frame, i = i % num_frames, i // num_frames
+        across = -(-width // COLS)
+        left, up = i % across * COLS, i // across * ROWS
+        sums = torch.zeros(ROWS, COLS, n)
+        for p in range(3 * num_chunks):
+            dt, chunk = divmod(p, num_chunks)
+            at = CHANNELS * chunk
+            patch = box_of(x, x_box, frame + dt, up - top, left - 1, at)[0]
+            for dy in range(3):
+                taps = box_of(weight, weight_box, 9 * dt + 3 * dy, block * n, at)
+                for dx in range(3):
+                    sums += patch[dy : dy + ROWS, dx : dx + COLS] @ taps[dx].T
+        kept = out[frame, up : up + ROWS, left : left + COLS, block * n : (block + 1) * n]
+        h, w, o = kept.shape
+        kept.copy_(sums[:h, :w, :o] + bias[block * n :][:o])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="reads the tensors where a CPU has them")
+@pytest.mark.parametrize("padding_h", [0, 1])
+@pytest.mark.parametrize(("c", "num_out"), [(32, 3), (64, 104), (32, 136)])
+def test_maps_boxes_and_tiles_cover_the_convolution(
+    monkeypatch: pytest.MonkeyPatch, c: int, num_out: int, padding_h: int
+) -> None:
+    monkeypatch.setattr(convolution, "_uses_kernel", lambda *tensors: True)
+    monkeypatch.setattr(convolution, "_num_processors", lambda device: 5)
+    monkeypatch.setattr(
+        convolution, "_kernel", lambda n: SimpleNamespace(launch=as_the_kernel_does)
+    )
+    monkeypatch.setattr(
+        hopper, "tensor_map", lambda who, at, sizes, strides, box: (memory(at, sizes, strides), box)
+    )
+    x, weight, bias = draw((2, 7, 70), c, num_out, padding_h, batch=2)
+    got = causal_conv3d(x, weight, bias, padding_h)
+    assert_right(got, precisely(x, weight, bias, padding_h))
+
+
+@pytest.mark.parametrize(
+    ("num_out", "expected"), [(3, 16), (12, 16), (96, 96), (160, 96), (256, 128), (384, 128)]
+)
+def test_a_tile_has_as_many_channels_as_leave_the_fewest_empty(num_out: int, expected: int) -> None:
+    assert convolution.tile_channels(num_out) == expected
+
+
+@pytest.mark.parametrize("n", convolution.RINGS)
+def test_the_rings_fit_into_shared_memory(n: int) -> None:
+    assert 200_000 < convolution._kernel(n).shared_bytes <= 232_448
+
+
+# ------------------------------------------------------------------------------- on the card
+
+
+@needs_kernel
+@pytest.mark.parametrize("padding_h", [0, 1])
+@pytest.mark.parametrize(("c", "num_out"), DIMS)
+@torch.inference_mode()
+def test_the_kernel_computes_the_convolution(c: int, num_out: int, padding_h: int) -> None:
+    for shape in SHAPES:
+        x, weight, bias = draw(shape, c, num_out, padding_h, batch=1 + (shape[0] == 3))
+        for some_bias in (bias, None):
+            assert convolution._uses_kernel(x, weight, some_bias)
+            got = causal_conv3d(x, weight, some_bias, padding_h)
+            assert_right(got, precisely(x, weight, some_bias, padding_h))
+
+
+@needs_kernel
+def test_what_does_not_fit_the_kernel_is_left_to_cudnn() -> None:
+    x, weight, bias = draw((1, 6, 8), 32, 96, 1)
+    assert convolution._uses_kernel(x, weight, bias)
+    assert not convolution._uses_kernel(x, weight.clone().requires_grad_(), bias)
+    assert not convolution._uses_kernel(x.contiguous(), weight, bias)
+    assert not convolution._uses_kernel(x.float(), weight.float(), bias.float())
+    assert not convolution._uses_kernel(*draw((1, 6, 8), 48, 96, 1))
+    assert not convolution._uses_kernel(*draw((1, 6, 8), 32, 20, 1))
+
+
+def random_vae(config: VAEConfig) -> WanVAE:
+    torch.manual_seed(7)
+    vae = WanVAE(config)
+    for parameter in vae.decoder.parameters():
+        if parameter.dim() > 4 or (parameter.dim() == 4 and parameter.shape[-1] > 1):
+            parameter.data = torch.randn_like(parameter) / parameter[0].numel() ** 0.5
+    vae.decoder.head[2].weight.data *= 0.3
+    return vae.to(DEVICE).eval()
+
+
+@needs_kernel
+@pytest.mark.parametrize("version", [VAE_2_1, VAE_2_2], ids=["2.1", "2.2"])
+@torch.inference_mode()
+def test_a_decode_is_as_near_to_the_precise_one_as_without_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, version: VAEConfig
+) -> None:
+    vae = random_vae(replace(version, encoder_dim=32, decoder_dim=32, **TINY))
+    latents = torch.randn(1, 2, 3, 6, 10, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = vae.decode_unclamped(latents)
+    vae = vae.to(torch.bfloat16).hold_channels_together()
+    launched, launch = [], convolution._launch
+    monkeypatch.setattr(
+        convolution, "_launch", lambda *parts: (launched.append(parts[3].shape), launch(*parts))
+    )
+    with_kernel = vae.decode_unclamped(latents)
+    assert {shape[-1] for shape in launched} >= {128, 64, 32}
+    monkeypatch.setattr(convolution, "_uses_kernel", lambda *tensors: False)
+    without = vae.decode_unclamped(latents)
+    error, usual = ((x - expected).square().mean().sqrt() for x in (with_kernel, without))
+    assert error < 1.2 * usual < 0.1 * expected.std()
