@@ -101,15 +101,17 @@ def most_stages_at_once(videos) -> int:
 
 
 def test_a_running_job_is_cancelled_within_a_step(service):
-    video_id = service.submit(PROMPT, model="t2v", num_inference_steps=100, num_frames=33)
-    service.wait_for(video_id, lambda video: video["step"] >= 3)
+    video_id = service.submit(
+        PROMPT, model="t2v", num_inference_steps=100, num_frames=33, size="384x384"
+    )
+    service.wait_for(video_id, lambda video: video["step"] >= 1)
     assert httpx.delete(f"{service.url}/v1/videos/{video_id}").status_code == 200
     assert httpx.get(f"{service.url}/v1/videos/{video_id}").status_code == 404
-    # Were it still running, a job behind it would wait for its hundred steps.
+    # Were it still running, a job behind it would wait for its hundred steps of a second each.
     started = time.monotonic()
     after = service.wait(service.submit(PROMPT, model="t2v", num_inference_steps=2))
     assert after["status"] == "completed"
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30
 
 
 def test_progress_moves_forward_with_the_steps(service):
@@ -121,7 +123,7 @@ def test_progress_moves_forward_with_the_steps(service):
         video_id, lambda video: (seen.append(video["progress"]), video["status"] == "completed")[1]
     )
     assert seen == sorted(seen)
-    assert len(set(seen)) >= 8
+    assert len(set(seen)) >= 5  # the stages alone are three: at the start, decoding, done
 
 
 def test_the_openai_sdk_makes_a_video(service):
