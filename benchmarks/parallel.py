@@ -183,7 +183,7 @@ class Bench:
 
     def save(self) -> None:
         dtype = str(self.dtype).removeprefix("torch.")
-        sample = torch.empty(0, dtype=self.dtype, device=self.device)
+        sample = torch.empty(0, self.config.head_dim, dtype=self.dtype, device=self.device)
         content = machine(self.device) | {
             "num_ranks": self.num_ranks,
             "dtype": dtype,

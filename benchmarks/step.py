@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
@@ -29,7 +27,7 @@ from benchmarks.gpu_timing import (
     start_counting_memory,
     time_s,
 )
-from wan_model import fp8, fused_blocks
+from wan_model import fp8
 from wan_model.attention import attention, resolve_backend
 from wan_model.config import T2V_A14B, TI2V_5B, TransformerConfig, WanConfig
 from wan_model.params import VideoParams
@@ -42,30 +40,28 @@ CASES: dict[str, tuple[WanConfig, int, int]] = {
     "720p": (T2V_A14B, 1280, 720),
     "ti2v-704p": (TI2V_5B, 1280, 704),
 }
-ORDER = (
+ORDER = (  # most important first
     ("480p", "bf16", "ours"),
     ("480p", "fp8", "ours"),
     ("480p", "fp8-attention", "ours"),
     ("480p", "bf16", "diffusers-compiled"),
-    ("720p", "bf16", "ours"),
-    ("720p", "fp8", "ours"),
-    ("720p", "fp8-attention", "ours"),
     ("ti2v-704p", "bf16", "ours"),
     ("ti2v-704p", "fp8", "ours"),
     ("ti2v-704p", "fp8-attention", "ours"),
     ("ti2v-704p", "bf16", "diffusers-compiled"),
-    ("480p", "bf16", "ours-other-biases"),
+    ("720p", "bf16", "ours"),
+    ("720p", "fp8-attention", "ours"),
+    ("720p", "fp8", "ours"),
     ("720p", "bf16", "diffusers-compiled"),
     ("480p", "bf16", "diffusers-eager"),
-    ("480p", "bf16", "ours-cudnn"),
-    ("480p", "bf16", "ours-plain"),
     ("ti2v-704p", "bf16", "diffusers-eager"),
     ("720p", "bf16", "diffusers-eager"),
+    ("480p", "bf16", "ours-cudnn"),
+    ("480p", "bf16", "ours-plain"),
 )
 PRECISIONS = ("bf16", "fp8", "fp8-attention")
 ERRORS = {  # which of the measured errors a row has
     ("bf16", "ours"): "ours bf16 auto",
-    ("bf16", "ours-other-biases"): "ours bf16 auto",
     ("fp8", "ours"): "ours fp8 fast_accum=True",
     ("fp8-attention", "ours"): "ours fp8, fp8 attention",
     ("bf16", "ours-cudnn"): "ours bf16 cudnn",
@@ -85,24 +81,6 @@ def forward_flop(config: TransformerConfig, num_tokens: int) -> float:
     return c.num_layers * block + outside
 
 
-def product_forms(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], object]]:
-    across = weight.t().contiguous()
-    out = x.new_empty(x.shape[0], weight.shape[0])
-
-    def in_parts(parts: int) -> None:
-        for rows, made in zip(x.chunk(parts), out.chunk(parts), strict=True):
-            torch.addmm(bias, rows, weight.t(), out=made)
-
-    return {
-        "bias in the product": lambda: F.linear(x, weight, bias),
-        "no bias": lambda: F.linear(x, weight),
-        "weight across": lambda: torch.addmm(bias, x, across),
-        "weight across, no bias": lambda: x @ across,
-        "rows in 2 parts": lambda: in_parts(2),
-        "rows in 4 parts": lambda: in_parts(4),
-    }
-
-
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.tiny, self.repeats = args.device, args.tiny, args.repeats
@@ -111,7 +89,6 @@ class Bench:
             {
                 **machine(args.device),
                 "ceilings": {},
-                "products": [],
                 "errors": {},
                 "rows": [],
                 "profile": [],
@@ -171,43 +148,18 @@ class Bench:
         )
         flop = 4 * s * num_rows * c.dim
         self._ceiling(found, "cross_ours", flop, partial(text_attention, q, keys))
-        kernels = ("flash_attn_4", "cudnn", "fp8") if self.on_gpu else ("sdpa", "fp8")
+        kernels = ("hopper", "flash_attn_4", "cudnn", "fp8") if self.on_gpu else ("sdpa", "fp8")
         for backend in kernels:
             self._ceiling(
                 found, f"self_{backend}", 4 * s * s * c.dim, lambda b=backend: attention(q, k, v, b)
             )
-            if backend == "fp8":
+            if backend in ("hopper", "fp8"):
                 continue
             self._ceiling(
                 found, f"cross_{backend}", 4 * s * c.text_len * c.dim,
                 lambda b=backend: attention(q, text, text, b),
             )  # fmt: skip
         self.record.content["ceilings"][case] = found
-
-    def measure_products(self, case: str) -> None:
-        """The same products of a block in other forms: where a bias is added, how weights lie,
-        how many rows at a time. The forms of the linears before a residual add decide where
-        `run_blocks` adds their bias."""
-        c, s = self.config(case), self.forward_of(case).num_tokens
-        found: dict[tuple[str, str], float] = {}
-        for name, d_in, d_out in (("o", c.dim, c.dim), ("ffn2", c.ffn_dim, c.dim)):
-            x = torch.randn(s, d_in, device=self.device, dtype=self.dtype)
-            linear = torch.nn.Linear(d_in, d_out, device=self.device, dtype=self.dtype)
-            forms = product_forms(x, linear.weight.detach(), linear.bias.detach())
-            for form, run in forms.items():
-                seconds = median_s(run, self.device, repeats=5, warm_ups=2)
-                found[name, form] = seconds
-                row = {"case": case, "linear": name, "form": form, "seconds": seconds}
-                row["tflop_per_s"] = 2 * s * d_in * d_out / seconds / 1e12
-                self.record.content["products"].append(row)
-                print(row, flush=True)
-        if case == "480p":
-            folded, joined = (
-                2 * found["o", form] + found["ffn2", form]
-                for form in ("no bias", "bias in the product")
-            )
-            fused_blocks.FOLD_BIASES = folded <= joined
-            self.record.content["fold_biases"] = fused_blocks.FOLD_BIASES
 
     def _ceiling(self, found: dict, name: str, flop: float, run) -> None:
         try:
@@ -278,12 +230,9 @@ class Bench:
         torch.compiler.reset()
         model = random_expert(config, self.dtype, self.device)
         run, backend = self._prepare(model, forward, precision, impl)
-        chosen = fused_blocks.FOLD_BIASES
-        fused_blocks.FOLD_BIASES = chosen if impl != "ours-other-biases" else not chosen
         repeats = self.repeats if case != "720p" else max(1, self.repeats - 2)
         kept: dict[str, Tensor] = {}
         seconds = time_s(lambda: kept.update(output=run()), self.device, repeats=repeats)
-        fused_blocks.FOLD_BIASES = chosen
         output = kept["output"].float().cpu()
         flop = forward_flop(config, forward.num_tokens)
         best = statistics.median(seconds)
@@ -329,7 +278,7 @@ class Bench:
             fp8.quantise_blocks(model.blocks)
         if precision == "fp8-attention":
             backend = "fp8"
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        like = torch.empty(0, model.config.head_dim, dtype=self.dtype, device=self.device)
         return forward.ours(model, backend), resolve_backend(backend, like)
 
     def _use_cudnn(self, twin) -> None:
@@ -366,7 +315,6 @@ class Bench:
         """Everything, most important first."""
         record = self.record
         record.case("ceilings 480p", lambda: self.measure_ceilings("480p"), limit_s=90)
-        record.case("products 480p", lambda: self.measure_products("480p"), limit_s=20)
         record.case("errors", self.measure_errors, limit_s=60)
         for case, precision, impl in ORDER:
             if case not in wanted_cases:

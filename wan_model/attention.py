@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan_model import hopper_attention
 from wan_model.backends import ATTENTION_BACKENDS, WITHOUT_LSE
 from wan_model.quantised_attention import quantised_attention
 
@@ -71,10 +72,12 @@ def attention_with_lse(
 
 
 def resolve_backend(backend: str, q: Tensor) -> str:
-    """The kernel's name; "auto" is the fastest that can be imported for tensors like `q`."""
+    """The kernel's name; "auto" is the fastest that there is for tensors like `q`."""
     if backend == "auto":
         if q.device.type != "cuda" or q.dtype == torch.float32:  # the fast ones are 16 bit only
             return "sdpa"
+        if hopper_attention.fits(q):
+            return "hopper"
         return "flash_attn_4" if _first_module(_KERNELS["flash_attn_4"]) else "cudnn"
     if backend not in _KERNELS:
         known = ", ".join(ATTENTION_BACKENDS)
@@ -247,6 +250,10 @@ _KERNELS: dict[str, Kernel] = {
         run_with_lse=_flash_attn_4_with_lse,
         modules=("flash_attn.cute",),
         install="pip install flash-attn-4",
+    ),
+    "hopper": Kernel(
+        run=hopper_attention.hopper_attention,
+        run_with_lse=hopper_attention.hopper_attention_with_lse,
     ),
     "sage": Kernel(run=_sage, modules=("sageattention",), install="pip install sageattention"),
     # With an fp8 probability and value, each up to 6 % off, the largest error is 4 to 5 %.

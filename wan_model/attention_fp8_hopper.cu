@@ -1,9 +1,8 @@
 // The quantised attention on Hopper (sm_90a), of operands that attention_kernels.py lays out.
 //
 // Three groups of four warps share the keys and values that a fourth group copies into shared
-// memory; two blocks of a cluster share them as well: one read of them serves 384 queries. While one
-// group takes its exponentials the others have the tensor cores. Per block of 128 keys, of 64
-// queries a group:
+// memory: one read of them serves 192 queries. While one group takes its exponentials the others
+// have the tensor cores. Per block of 128 keys, of 64 queries a group:
 //   int32 scores = q k^T, started at the bits of 1.5 * 2^23, so that the sum's bits read as a
 //   float32 are 1.5 * 2^23 + sum and need no conversion (|sum| <= 127^2 * 128 < 2^22);
 //   p = 2^(scores scaled - highest + 8) in fp8, in the registers the second product reads: the keys
@@ -25,24 +24,10 @@ constexpr float PROBABILITY_BITS = 8.0f;
 
 // A copy whose end `barrier` notes.
 __device__ __forceinline__ void copy(u32 to, const u8* from, u32 bytes, u32 barrier) {
+  barrier_expect(barrier, bytes);
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// Keys or values into this block's memory, or, of a pair, each block's half into that of both.
-__device__ __forceinline__ void copy_shared(u32 to, const u8* from, u32 bytes, u32 barrier,
-                                            const Place& place) {
-  barrier_expect(barrier, bytes);
-  if (!place.is_pair) {
-    copy(to, from, bytes, barrier);
-    return;
-  }
-  const u32 start = place.rank * bytes / 2;
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1], %2, [%3], %4;"
-      ::"r"(to + start), "l"(from + start), "r"(bytes / 2), "r"(barrier), "h"((u16)3) : "memory");
 }
 
 // Rows of 128 bytes, swizzled by 128 bytes, 1024 bytes from 8 rows to the next 8.
@@ -120,41 +105,36 @@ __device__ __forceinline__ void probabilities(const u32 (&s)[64], u32 (&p)[16],
   }
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1)
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     attention(const u8* __restrict__ q, const u8* __restrict__ k, const u8* __restrict__ v,
               const float* __restrict__ q_scale, const float* __restrict__ k_scale,
               const float* __restrict__ v_scale, const float* __restrict__ v_mean,
               u16* __restrict__ out, int num_queries, int padded_queries, int num_blocks,
-              int num_heads, int num_samples, int head_dim) {
+              int num_heads, int head_dim) {
   extern __shared__ __align__(1024) u8 memory[];
   u8* const keys = memory + GROUPS * Q_BYTES;
   u8* const values = keys + STAGES * K_BYTES;
   const u32 q_full = address(values + STAGES * V_BYTES);
   const u32 k_full = q_full + 8, k_free = k_full + 8 * STAGES;
   const u32 v_full = k_free + 8 * STAGES, v_free = v_full + 8 * STAGES;
-  const int num_tiles = (padded_queries + GROUPS * 64 - 1) / (GROUPS * 64);
-  const Place place = place_of_block(num_tiles, num_samples * num_heads);
-  const int head = place.head, group = threadIdx.x / 128;
-  const int first_query = place.tile * GROUPS * 64;
+  const int head = blockIdx.y, group = threadIdx.x / 128;
+  const int first_query = blockIdx.x * GROUPS * 64;
   if (threadIdx.x == 0) {
     barrier_init(q_full, 1);
     for (int i = 0; i < STAGES; i++) {
       barrier_init(k_full + 8 * i, 1);
       barrier_init(v_full + 8 * i, 1);
-      barrier_init(k_free + 8 * i, 4 * GROUPS * (place.is_pair ? 2 : 1));
-      barrier_init(v_free + 8 * i, 4 * GROUPS * (place.is_pair ? 2 : 1));
+      barrier_init(k_free + 8 * i, 4 * GROUPS);
+      barrier_init(v_free + 8 * i, 4 * GROUPS);
     }
     barriers_are_there();
   }
-  cluster_sync();
+  __syncthreads();
 
-  if (head >= num_samples * num_heads) {
-    // The other block of the cluster has the last tile of all.
-  } else if (group == GROUPS) {
+  if (group == GROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == GROUPS * 128) {
       const int num_rows = min(GROUPS * 64, padded_queries - first_query);
-      barrier_expect(q_full, num_rows * 128);
       copy(address(memory), q + ((u64)head * padded_queries + first_query) * 128, num_rows * 128,
            q_full);
       k += (u64)head * num_blocks * K_BYTES;
@@ -163,15 +143,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
       u32 parity = 1;
       for (int i = 0; i < num_blocks; i++) {
         barrier_wait(k_free + 8 * stage, parity);
-        copy_shared(address(keys) + stage * K_BYTES, k + (u64)i * K_BYTES, K_BYTES,
-                    k_full + 8 * stage, place);
+        copy(address(keys) + stage * K_BYTES, k + (u64)i * K_BYTES, K_BYTES, k_full + 8 * stage);
         barrier_wait(v_free + 8 * stage, parity);
-        copy_shared(address(values) + stage * V_BYTES, v + (u64)i * V_BYTES, V_BYTES,
-                    v_full + 8 * stage, place);
+        copy(address(values) + stage * V_BYTES, v + (u64)i * V_BYTES, V_BYTES,
+             v_full + 8 * stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
     }
-    __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     const int lane = threadIdx.x % 32;
@@ -186,10 +164,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
     highest[0] = highest[1] = __int_as_float(0xff800000);  // -infinity
     const u64 q_at = descriptor(address(memory) + group * Q_BYTES);
     const u64 k_at = descriptor(address(keys)), v_at = descriptor(address(values));
-    const auto is_read = [&](u32 barrier) {
-      if (lane == 0) barrier_arrive(barrier);
-      if (lane == 1 && place.is_pair) barrier_arrive_at(barrier, place.rank ^ 1);
-    };
     barrier_wait(q_full, 0);
     int stage = 0;
     u32 parity = 0;
@@ -207,9 +181,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
         add_scores(s, q_at + 2 * j, k_at + stage * (K_BYTES / 16) + 2 * j);
       const float scale[2] = {row_scale[0] * block_scale, row_scale[1] * block_scale};
       block_scale = k_scale[min(i + 1, num_blocks - 1)];
-      end_products();
+      commit_products();
+      wait_for_products();
       hold(s);
-      is_read(k_free + 8 * stage);
+      if (lane == 0) barrier_arrive(k_free + 8 * stage);
 
       float fell[2];
       probabilities(s, p, scale, highest, fell);
@@ -227,9 +202,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
 #pragma unroll
       for (int j = 0; j < 4; j++)
         add_values(o, p + 4 * j, v_at + stage * (V_BYTES / 16) + 2 * j);
-      end_products();
+      commit_products();
+      wait_for_products();
       hold(o);
-      is_read(v_free + 8 * stage);
+      if (lane == 0) barrier_arrive(v_free + 8 * stage);
       total[0] += o[64];
       total[1] += o[66];
       o[64] = o[65] = o[66] = o[67] = 0.0f;
@@ -254,6 +230,4 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
       }
     }
   }
-  // Until the other block has arrived at the last of this one's barriers.
-  cluster_sync();
 }

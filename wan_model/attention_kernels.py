@@ -1,8 +1,8 @@
 """The quantised attention on a Hopper GPU: operands laid out by Triton kernels, and the launch.
 
 Owns what runs on a CUDA device (compute capability 9.0) only; what it computes is defined, in
-PyTorch, in `quantised_attention`, its only caller. The attention itself is `attention_hopper.cu`,
-loaded and launched by `hopper`.
+PyTorch, in `quantised_attention`, its only caller. The attention itself is
+`attention_fp8_hopper.cu`, loaded and launched by `hopper`.
 
 Operands lie as that kernel's shared memory wants them, so that a block is copied in one piece: rows
 of 128 bytes (a head_dim below 128 is filled up with zeros) whose 16-byte pieces are swizzled, piece
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 MAX_HEAD_DIM = 128
 KEYS = 128  # with one scale, and one block of the kernel
 QUERIES = 64  # of a group of warps
-GROUPS, STAGES = 3, 4  # as in attention_hopper.cu
+GROUPS, STAGES = 3, 4  # as in attention_fp8_hopper.cu
 CHANNELS = MAX_HEAD_DIM + 8  # of the values: the last 8 are 1 for a key that there is
 SHARED_BYTES = GROUPS * QUERIES * 128 + STAGES * (KEYS + CHANNELS) * 128 + 8 * (1 + 4 * STAGES)
 KERNEL = Kernel(
-    who="attention backend fp8", file="attention_hopper.cu", name="attention",
+    who="attention backend fp8", file="attention_fp8_hopper.cu", name="attention",
     num_threads=128 * (GROUPS + 1), shared_bytes=SHARED_BYTES,
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Attention = Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_4", "sage", "fp8"]
+Attention = Literal["auto", "sdpa", "cudnn", "flash_attn", "flash_attn_4", "hopper", "sage", "fp8"]
 ParallelBackend = Literal["own", "xfuser"]
 Precision = Literal["bf16", "fp8"]
 """Of the large products of the blocks: "bf16" is the weights' dtype, whichever that is."""
@@ -45,9 +45,10 @@ def check_backends(*, attention: str, parallel_backend: str, ring_degree: int) -
             "attention backend sage does not work under xfuser, which expects SageAttention 2:"
             " use another one, or parallel backend own"
         )
-    if parallel_backend == "xfuser" and attention == "fp8":
+    if parallel_backend == "xfuser" and attention in ("hopper", "fp8"):
         raise ValueError(
-            "attention backend fp8 is not known to xfuser: use another one, or parallel backend own"
+            f"attention backend {attention} is not known to xfuser: use another one, or parallel"
+            " backend own"
         )
 
 

@@ -21,6 +21,9 @@ WHO = "convolution"
 ROWS, COLS, CHANNELS, THREADS = 6, 64, 32, 512  # as in convolution_hopper.cu
 RINGS = {16: (5, 18), 96: (3, 7), 128: (3, 5)}
 """Output channels of a tile -> patches of the input and weights that shared memory has room for."""
+CUDNN_SPEED, CUDNN_SPEED_WIDE, WIDE = 0.7, 0.88, 512
+"""cuDNN's speed on an H200 in terms of our products', with fewer channels in than WIDE and with
+as many or more: measured 0.3 to 0.83 and 0.87 to 0.88."""
 
 
 def causal_conv3d(
@@ -30,7 +33,8 @@ def causal_conv3d(
 
     Of tensors laid out as [B, T, H, W, C] the result is laid out so too.
     """
-    if not _uses_kernel(x_BCTHW, weight_OCKKK, bias_O):
+    fits = _fits(x_BCTHW, weight_OCKKK, bias_O)
+    if not (fits and _pays(x_BCTHW, weight_OCKKK, padding_h)):
         return F.conv3d(x_BCTHW, weight_OCKKK, bias_O, padding=(0, padding_h, 1))
     x_BTHWC = x_BCTHW.permute(0, 2, 3, 4, 1)
     b, t, h, w, _ = x_BTHWC.shape
@@ -48,7 +52,7 @@ def tile_channels(num_out: int) -> int:
     return min((128, 96), key=lambda n: -(-num_out // n) * n)
 
 
-def _uses_kernel(x_BCTHW: Tensor, weight_OCKKK: Tensor, bias_O: Tensor | None) -> bool:
+def _fits(x_BCTHW: Tensor, weight_OCKKK: Tensor, bias_O: Tensor | None) -> bool:
     num_out, c, *k = weight_OCKKK.shape
     tensors = (x_BCTHW, weight_OCKKK) if bias_O is None else (x_BCTHW, weight_OCKKK, bias_O)
     return (
@@ -65,6 +69,26 @@ def _uses_kernel(x_BCTHW: Tensor, weight_OCKKK: Tensor, bias_O: Tensor | None) -
         and hopper.has_bindings()
         and hopper.is_hopper(x_BCTHW.device.index)
     )
+
+
+def _pays(x_BCTHW: Tensor, weight_OCKKK: Tensor, padding_h: int) -> bool:
+    """Whether our kernel is the quicker one: it loses less of its work than cuDNN is slower."""
+    _, c, t, h, w = x_BCTHW.shape
+    shape = (t - 2, h - 2 + 2 * padding_h, w)
+    least = CUDNN_SPEED_WIDE if c >= WIDE else CUDNN_SPEED
+    return share_wanted(shape, weight_OCKKK.shape[0], _num_processors(x_BCTHW.device)) > least
+
+
+def share_wanted(shape: tuple[int, int, int], num_out: int, num_processors: int) -> float:
+    """How much of what the multiprocessors multiply, for `shape` frames, rows and columns out, is
+    wanted: tiles reach over the edges, and the last ones leave multiprocessors idle."""
+    t, h, w = shape
+    n = tile_channels(num_out)
+    num_blocks = -(-num_out // n)
+    num_tiles = num_blocks * t * -(-h // ROWS) * -(-w // COLS)
+    num_made = -(-num_tiles // num_processors) * num_processors * n * ROWS * COLS
+    # A few channels are a part of a tile for cuDNN too.
+    return max(num_out, 16) * t * h * w / num_made
 
 
 def _launch(

@@ -12,14 +12,7 @@
 //
 // N: 96 or 128 (then OUT is a multiple of 8), or 16. Rings of PATCHES and WEIGHTS: convolution.py.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
+#include "hopper.cuh"
 
 constexpr int GROUPS = 3;  // of 2 image rows
 constexpr int ROWS = 2 * GROUPS, COLS = 64, CHANNELS = 32;
@@ -31,30 +24,6 @@ constexpr int WEIGHT_BYTES = 3 * TAP_BYTES;
 constexpr int SUMS = N / 2;  // of a thread, from a product
 static_assert(PATCH_BYTES % 1024 == 0 && WEIGHT_BYTES % 1024 == 0 && TAP_BYTES % 512 == 0);
 static_assert(PATCHES * PATCH_BYTES + WEIGHTS * WEIGHT_BYTES + 16 * (PATCHES + WEIGHTS) <= 232448);
-
-// ------------------------------------------------------------------------------ instructions
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
 
 // 32 channels of 3 taps, from channel `out` on.
 __device__ __forceinline__ void copy_weights(u32 to, const TensorMap* map, int chunk, int out,
@@ -80,29 +49,19 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)32 << 32 | (u64)2 << 62;
 }
 
-#define OPERANDS_4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
-#define OPERANDS_8(x, i) OPERANDS_4(x, i), OPERANDS_4(x, i + 4)
-#define OPERANDS_16(x, i) OPERANDS_8(x, i), OPERANDS_8(x, i + 8)
-#define OPERANDS_48(x) OPERANDS_16(x, 0), OPERANDS_16(x, 16), OPERANDS_16(x, 32)
-#define REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define REGISTERS_48                                                                          \
-  REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"   \
-  "%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define REGISTERS_64                                                                          \
-  REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define PRODUCT(n, registers, a, b, add)                                                      \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " add ", 0;\n"                                      \
   "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" registers "}, " a ", " b        \
   ", adds, 1, 1, 0, 0;\n}"
 
 #if N == 16
-#define OPERANDS(x) OPERANDS_8(x, 0)
+#define OPERANDS(x) OPERANDS_8("+f", x, 0)
 #define PRODUCT_N PRODUCT("16", REGISTERS_8, "%8", "%9", "%10")
 #elif N == 96
-#define OPERANDS(x) OPERANDS_48(x)
+#define OPERANDS(x) OPERANDS_48("+f", x)
 #define PRODUCT_N PRODUCT("96", REGISTERS_48, "%48", "%49", "%50")
 #elif N == 128
-#define OPERANDS(x) OPERANDS_48(x), OPERANDS_16(x, 48)
+#define OPERANDS(x) OPERANDS_64("+f", x)
 #define PRODUCT_N PRODUCT("128", REGISTERS_64, "%64", "%65", "%66")
 #endif
 
@@ -114,12 +73,6 @@ __device__ __forceinline__ void product(float (&sum)[SUMS], u64 a, u64 b, u32 ad
 // The registers of a product that is under way must not be touched before it has ended.
 __device__ __forceinline__ void hold(float (&sum)[SUMS]) {
   asm volatile("" : OPERANDS(sum)::"memory");
-}
-
-__device__ __forceinline__ u32 to_bf16(float a, float b) {
-  u32 both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-  return both;
 }
 
 __device__ __forceinline__ float to_float(u16 bf16) {
@@ -239,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       barrier_init(w_full + 8 * i, 1);
       barrier_init(w_free + 8 * i, 4 * GROUPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_are_there();
   }
   __syncthreads();
 
@@ -289,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int dy = 0; dy < 3; dy++) {
           barrier_wait(w_full + 8 * weight, w_parity);
           const u64 b = b_at + weight * (WEIGHT_BYTES / 16);
-          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+          begin_products();
 #pragma unroll
           for (int dx = 0; dx < 3; dx++) {
 #pragma unroll
@@ -302,9 +255,9 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
               }
             }
           }
-          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+          commit_products();
           // What the products before these read is free.
-          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+          wait_for_products<1>();
           if (lane == 0 && p + dy > 0) {
             barrier_arrive(w_free + 8 * (weight == 0 ? WEIGHTS - 1 : weight - 1));
             if (dy == 0) barrier_arrive(p_free + 8 * (patch == 0 ? PATCHES - 1 : patch - 1));
@@ -313,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         }
         if (++patch == PATCHES) patch = 0, p_parity ^= 1;
       }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wait_for_products();
       hold(sums[0]);
       hold(sums[1]);
       if (lane == 0) {

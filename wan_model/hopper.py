@@ -1,7 +1,8 @@
 """CUDA C++ kernels for Hopper GPUs: compiled by NVRTC once a process, loaded once a device.
 
 Owns all that goes through cuda-bindings, which is imported at the first launch, so that callers can
-be imported without it. Knows nothing about what the kernels compute.
+be imported without it; what the kernels share is `hopper.cuh`. Knows nothing about what they
+compute.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class Kernel:
 def tensor_map(
     who: str, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> Any:
-    """How TMA copies boxes of bfloat16 values out of a tensor: swizzled by 64 bytes, 0 outside.
+    """How TMA copies boxes of bfloat16 values out of a tensor: 0 for what lies outside.
 
-    Innermost dimension first; `strides` in bytes, without the innermost one. A map holds no more
-    than these numbers, so that the last one serves for whatever lies there now.
+    Innermost dimension first; `strides` in bytes, without the innermost one. A box's innermost rows
+    have 64 or 128 bytes and are swizzled by as many. A map holds no more than these numbers, so
+    that the last one serves for whatever lies there now.
     """
     driver = _driver(who)
+    swizzle = f"CU_TENSOR_MAP_SWIZZLE_{2 * box[0]}B"
     return checked(
         who,
         driver.cuTensorMapEncodeTiled(
@@ -63,7 +66,7 @@ def tensor_map(
             [driver.cuuint64_t(n) for n in sizes], [driver.cuuint64_t(n) for n in strides],
             [driver.cuuint32_t(n) for n in box], [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+            getattr(driver.CUtensorMapSwizzle, swizzle),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
@@ -114,9 +117,12 @@ def compiled(kernel: Kernel) -> bytes:
     """Machine code for Hopper."""
     from cuda.bindings import nvrtc
 
-    who = kernel.who
-    source = Path(__file__).with_name(kernel.file).read_bytes()
-    program = checked(who, nvrtc.nvrtcCreateProgram(source, kernel.file.encode(), 0, [], []))
+    who, here = kernel.who, Path(__file__).parent
+    source, header = ((here / name).read_bytes() for name in (kernel.file, "hopper.cuh"))
+    program = checked(
+        who,
+        nvrtc.nvrtcCreateProgram(source, kernel.file.encode(), 1, [header], [b"hopper.cuh"]),
+    )
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
     options += [f"-D{name}={value}".encode() for name, value in kernel.macros]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -49,11 +49,9 @@ def _store_row(
 
 @triton.jit
 def _change(
-    y, bias, gate, at, cols, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr
+    y, gate, at, cols, HAS_GATE: tl.constexpr
 ):  # fmt: skip
     change = tl.load(y + at).to(tl.float32)
-    if HAS_BIAS:
-        change += tl.load(bias + cols).to(tl.float32)
     if HAS_GATE:
         change *= tl.load(gate + cols)
     return change
@@ -61,12 +59,11 @@ def _change(
 
 @triton.jit
 def _add_norm_kernel(
-    x, y1, bias1, gate1, y2, bias2, gate2, scale, shift, out, out_scale,
+    x, y1, gate1, y2, gate2, scale, shift, out, out_scale,
     num_tokens, num_clean, gate1_b, gate1_g, gate2_b, gate2_g,
     scale_b, scale_g, shift_b, shift_g, eps,
     D: tl.constexpr, CHUNK: tl.constexpr, NUM_CHANGES: tl.constexpr,
-    HAS_BIAS1: tl.constexpr, HAS_GATE1: tl.constexpr,
-    HAS_BIAS2: tl.constexpr, HAS_GATE2: tl.constexpr,
+    HAS_GATE1: tl.constexpr, HAS_GATE2: tl.constexpr,
     STORE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -84,9 +81,9 @@ def _add_norm_kernel(
         at = row * D + col
         value = tl.load(x + at)
         if NUM_CHANGES > 0:
-            value += _change(y1, bias1, gate1, at, col, HAS_BIAS1, HAS_GATE1)
+            value += _change(y1, gate1, at, col, HAS_GATE1)
         if NUM_CHANGES > 1:
-            value += _change(y2, bias2, gate2, at, col, HAS_BIAS2, HAS_GATE2)
+            value += _change(y2, gate2, at, col, HAS_GATE2)
         if STORE:
             tl.store(x + at, value)
         total += value
@@ -170,7 +167,7 @@ def _quantise_kernel(
 
 def add_norm(
     x: Tensor,
-    changes: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    changes: Sequence[tuple[Tensor, Tensor | None]],
     scale_BGD: Tensor,
     shift_BGD: Tensor,
     out: Tensor,
@@ -183,24 +180,23 @@ def add_norm(
 ) -> None:
     """`row_ops.add_norm` into `out` (and `out_scale` where it is fp8).
 
-    `changes` are at most two of (y, bias, gate); what is None, or not there, is not read.
+    `changes` are at most two of (y, gate); what is None, or not there, is not read.
     """
     num_rows, dim = x.shape
     arguments: list[Tensor] = []
     gate_strides: list[int] = []
-    for y, bias, gate in (*changes, *[(x, None, None)] * (2 - len(changes))):
+    both = (*changes, *[(x, None)] * (2 - len(changes)))
+    for y, gate in both:
         gate_BGD = scale_BGD if gate is None else gate
-        arguments += [y, x if bias is None else bias, gate_BGD]
+        arguments += [y, gate_BGD]
         gate_strides += _row_strides(gate_BGD)
-    has = [[part is not None for part in change[1:]] for change in changes]
-    (bias1, gate1), (bias2, gate2) = (*has, *[(False, False)] * (2 - len(has)))
     with torch.cuda.device_of(x):
         _add_norm_kernel[(num_rows,)](
             x, *arguments, scale_BGD, shift_BGD, out, x if out_scale is None else out_scale,
             num_tokens, num_clean, *gate_strides,
             *_row_strides(scale_BGD), *_row_strides(shift_BGD), eps,
             D=dim, CHUNK=chunk_of(dim), NUM_CHANGES=len(changes),
-            HAS_BIAS1=bias1, HAS_GATE1=gate1, HAS_BIAS2=bias2, HAS_GATE2=gate2,
+            HAS_GATE1=both[0][1] is not None, HAS_GATE2=both[1][1] is not None,
             STORE=store, FP8=out_scale is not None, num_warps=NORM_WARPS,
         )  # fmt: skip
 

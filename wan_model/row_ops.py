@@ -57,13 +57,9 @@ class RowLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What is added to the residual stream: gate * (y + bias); y [R, D], bias [D], gate [B, G, D].
-
-    No bias is 0, no gate is 1.
-    """
+    """What is added to the residual stream: gate * y; y [R, D], gate [B, G, D]. No gate is 1."""
 
     y: Tensor
-    bias: Tensor | None = None
     gate: Tensor | None = None
 
 
@@ -89,15 +85,13 @@ def add_norm(
 
         out, out_scale = _output(x, out_dtype)
         kernels.add_norm(
-            x, [(c.y, c.bias, c.gate) for c in changes], scale_BGD, shift_BGD, out, out_scale,
+            x, [(c.y, c.gate) for c in changes], scale_BGD, shift_BGD, out, out_scale,
             num_tokens=layout.num_tokens, num_clean=layout.num_clean, eps=eps, store=store,
         )  # fmt: skip
         return out if out_scale is None else Quantised(values=out, scale=out_scale)
     sum_BND = x.view(-1, layout.num_tokens, x.shape[1])
     for change in changes:
         y_BND = change.y.view(sum_BND.shape).float()
-        if change.bias is not None:
-            y_BND = y_BND + change.bias.float()
         sum_BND = sum_BND + (y_BND if change.gate is None else layout.spread(change.gate) * y_BND)
     if store:
         x.copy_(sum_BND.view(x.shape))

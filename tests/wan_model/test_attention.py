@@ -9,6 +9,7 @@ import attention_packages
 import pytest
 import torch
 
+from wan_model import hopper_attention
 from wan_model.attention import attention, attention_with_lse, check_kernel, resolve_backend
 from wan_model.backends import check_backends
 from wan_model.engine import ExpertEngine
@@ -124,9 +125,12 @@ def test_a_ring_with_a_kernel_that_has_no_log_sum_exp_is_refused_by_name():
         check_backends(attention="sdpa", parallel_backend="deepspeed", ring_degree=1)
 
 
-def test_on_a_gpu_flash_attention_4_is_chosen_where_it_is_installed(monkeypatch):
+def test_on_a_gpu_the_fastest_kernel_there_is_is_chosen(monkeypatch):
     like = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(hopper_attention, "fits", lambda q: False)
     assert resolve_backend("auto", like) == "cudnn"
     attention_packages.install(monkeypatch, "flash_attn_4")
     assert resolve_backend("auto", like) == "flash_attn_4"
     assert resolve_backend("cudnn", like) == "cudnn"
+    monkeypatch.setattr(hopper_attention, "fits", lambda q: q is like)
+    assert resolve_backend("auto", like) == "hopper"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tensor_maps import box_of, memory, tensor_map
 from torch import Tensor
 from triton_kernels import DEVICE
 
@@ -69,26 +69,6 @@ def test_what_has_no_kernel_is_conv3d(dtype: torch.dtype, padding_h: int) -> Non
 # ------------------------------------------------------------------- what the kernel is told
 
 
-def memory(address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """What a tensor map describes, outermost dimension first."""
-    length = sum((n - 1) * s for n, s in zip(sizes, (2, *strides), strict=True)) + 2
-    values = torch.frombuffer((ctypes.c_byte * length).from_address(address), dtype=torch.bfloat16)
-    return values.as_strided(sizes[::-1], (*[s // 2 for s in strides[::-1]], 1))
-
-
-def box_of(source: Tensor, box: tuple[int, ...], *start: int) -> Tensor:
-    """As TMA copies it (`box` innermost first, `start` outermost first): 0 for what lies outside"""
-    made = torch.zeros(box[::-1])
-    inside = [
-        (max(s, 0), min(s + n, size))
-        for s, n, size in zip(start, box[::-1], source.shape, strict=True)
-    ]
-    part = source[tuple(slice(low, high) for low, high in inside)].float()
-    places = zip(inside, start, strict=True)
-    made[tuple(slice(low - s, high - s) for (low, high), s in places)] = part
-    return made
-
-
 def as_the_kernel_does(grid, values, types) -> None:
     """What convolution_hopper.cu makes of its arguments, tile after tile."""
     (x, x_box), (weight, weight_box), bias_at, out_at, *numbers = values
@@ -123,14 +103,13 @@ def as_the_kernel_does(grid, values, types) -> None:
 def test_maps_boxes_and_tiles_cover_the_convolution(
     monkeypatch: pytest.MonkeyPatch, c: int, num_out: int, padding_h: int
 ) -> None:
-    monkeypatch.setattr(convolution, "_uses_kernel", lambda *tensors: True)
+    monkeypatch.setattr(convolution, "_fits", lambda *tensors: True)
+    monkeypatch.setattr(convolution, "_pays", lambda *tensors: True)
     monkeypatch.setattr(convolution, "_num_processors", lambda device: 5)
     monkeypatch.setattr(
         convolution, "_kernel", lambda n: SimpleNamespace(launch=as_the_kernel_does)
     )
-    monkeypatch.setattr(
-        hopper, "tensor_map", lambda who, at, sizes, strides, box: (memory(at, sizes, strides), box)
-    )
+    monkeypatch.setattr(hopper, "tensor_map", tensor_map)
     x, weight, bias = draw((2, 7, 70), c, num_out, padding_h, batch=2)
     got = causal_conv3d(x, weight, bias, padding_h)
     assert_right(got, precisely(x, weight, bias, padding_h))
@@ -141,6 +120,17 @@ def test_maps_boxes_and_tiles_cover_the_convolution(
 )
 def test_a_tile_has_as_many_channels_as_leave_the_fewest_empty(num_out: int, expected: int) -> None:
     assert convolution.tile_channels(num_out) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_out", "least", "most"),
+    [
+        ((4, 720, 1280), 96, 0.99, 1), ((4, 720, 1280), 3, 0.99, 1), ((4, 176, 320), 512, 0.93, 1),
+        ((2, 88, 160), 1024, 0.7, 0.75), ((1, 44, 80), 1024, 0, 0.6), ((1, 6, 64), 96, 0, 0.01),
+    ],
+)  # fmt: skip
+def test_of_small_pictures_less_work_is_wanted(shape, num_out, least, most) -> None:
+    assert least <= convolution.share_wanted(shape, num_out, 132) <= most
 
 
 @pytest.mark.parametrize("n", convolution.RINGS)
@@ -155,11 +145,14 @@ def test_the_rings_fit_into_shared_memory(n: int) -> None:
 @pytest.mark.parametrize("padding_h", [0, 1])
 @pytest.mark.parametrize(("c", "num_out"), DIMS)
 @torch.inference_mode()
-def test_the_kernel_computes_the_convolution(c: int, num_out: int, padding_h: int) -> None:
+def test_the_kernel_computes_the_convolution(
+    monkeypatch: pytest.MonkeyPatch, c: int, num_out: int, padding_h: int
+) -> None:
+    monkeypatch.setattr(convolution, "_pays", lambda *tensors: True)
     for shape in SHAPES:
         x, weight, bias = draw(shape, c, num_out, padding_h, batch=1 + (shape[0] == 3))
         for some_bias in (bias, None):
-            assert convolution._uses_kernel(x, weight, some_bias)
+            assert convolution._fits(x, weight, some_bias)
             got = causal_conv3d(x, weight, some_bias, padding_h)
             assert_right(got, precisely(x, weight, some_bias, padding_h))
 
@@ -167,12 +160,12 @@ def test_the_kernel_computes_the_convolution(c: int, num_out: int, padding_h: in
 @needs_kernel
 def test_what_does_not_fit_the_kernel_is_left_to_cudnn() -> None:
     x, weight, bias = draw((1, 6, 8), 32, 96, 1)
-    assert convolution._uses_kernel(x, weight, bias)
-    assert not convolution._uses_kernel(x, weight.clone().requires_grad_(), bias)
-    assert not convolution._uses_kernel(x.contiguous(), weight, bias)
-    assert not convolution._uses_kernel(x.float(), weight.float(), bias.float())
-    assert not convolution._uses_kernel(*draw((1, 6, 8), 48, 96, 1))
-    assert not convolution._uses_kernel(*draw((1, 6, 8), 32, 20, 1))
+    assert convolution._fits(x, weight, bias)
+    assert not convolution._fits(x, weight.clone().requires_grad_(), bias)
+    assert not convolution._fits(x.contiguous(), weight, bias)
+    assert not convolution._fits(x.float(), weight.float(), bias.float())
+    assert not convolution._fits(*draw((1, 6, 8), 48, 96, 1))
+    assert not convolution._fits(*draw((1, 6, 8), 32, 20, 1))
 
 
 def random_vae(config: VAEConfig) -> WanVAE:
@@ -199,9 +192,10 @@ def test_a_decode_is_as_near_to_the_precise_one_as_without_the_kernel(
     monkeypatch.setattr(
         convolution, "_launch", lambda *parts: (launched.append(parts[3].shape), launch(*parts))
     )
+    monkeypatch.setattr(convolution, "_pays", lambda *tensors: True)
     with_kernel = vae.decode_unclamped(latents)
     assert {shape[-1] for shape in launched} >= {128, 64, 32}
-    monkeypatch.setattr(convolution, "_uses_kernel", lambda *tensors: False)
+    monkeypatch.setattr(convolution, "_pays", lambda *tensors: False)
     without = vae.decode_unclamped(latents)
     error, usual = ((x - expected).square().mean().sqrt() for x in (with_kernel, without))
     assert error < 1.2 * usual < 0.1 * expected.std()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from triton_kernels import DEVICE, use_kernels
 
-from wan_model import fp8, fused_blocks, row_ops
+from wan_model import fp8, row_ops
 from wan_model.backends import check_precision
 from wan_model.config import TransformerConfig
 from wan_model.engine import ExpertEngine
@@ -60,10 +60,8 @@ def test_with_kernels_the_fused_chain_is_the_blocks_too(monkeypatch, timesteps):
     torch.testing.assert_close(predict(model, timesteps), expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("folds_biases", [True, False])
 @pytest.mark.parametrize("timesteps", [[700.0], [0.0, 700.0]], ids=["one", "clean first frame"])
-def test_the_fused_chain_is_the_blocks_one_after_another(monkeypatch, timesteps, folds_biases):
-    monkeypatch.setattr(fused_blocks, "FOLD_BIASES", folds_biases)
+def test_the_fused_chain_is_the_blocks_one_after_another(timesteps):
     model = make()
     model.fused = False
     expected = predict(model, timesteps)

@@ -38,10 +38,9 @@ def spread(rows_BGD: Tensor) -> Tensor:
 def test_a_sum_that_is_not_stored_is_normed_and_made_again_with_the_next_change() -> None:
     x = draw(10, DIM)
     y1, y2 = (draw(10, DIM, dtype=torch.bfloat16, seed=s) for s in (1, 2))
-    bias = draw(DIM, dtype=torch.bfloat16, seed=3)
     gate, scale, shift = (draw(2, 2, DIM, seed=s) for s in (4, 5, 6))
-    first, second = Change(y=y1, bias=bias, gate=gate), Change(y=y2)
-    sum1 = x + spread(gate) * (y1.float() + bias.float())
+    first, second = Change(y=y1, gate=gate), Change(y=y2)
+    sum1 = x + spread(gate) * y1.float()
     sum2 = sum1 + y2.float()
     before = x.clone()
     how = {"eps": EPS, "out_dtype": torch.float32}

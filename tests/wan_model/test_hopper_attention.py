@@ -1,0 +1,185 @@
+"""Our exact attention on Hopper: what its kernel is told, which blocks take what, its numbers."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensor_maps import box_of, memory, tensor_map
+from torch import Tensor
+from triton_kernels import DEVICE
+
+from wan_model import hopper, hopper_attention
+from wan_model.attention import check_kernel
+from wan_model.backends import check_backends
+from wan_model.hopper_attention import HEAD_DIM, QUERIES
+
+SHAPES = [  # B, L, S, H
+    (1, 192, 128, 1), (1, 160, 160, 2), (2, 70, 300, 3), (1, 600, 65, 3), (2, 385, 1000, 2),
+]  # fmt: skip
+BFLOAT16 = 2 * 2**-8  # of the largest value: twice half a step, probabilities' and the output's
+
+needs_kernel = pytest.mark.skipif(
+    DEVICE == "cpu" or not hopper.has_bindings() or not hopper.is_hopper(0),
+    reason="needs a Hopper GPU and cuda-bindings",
+)
+
+
+def draw(b: int, num_queries: int, num_keys: int, h: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_queries)
+    shapes = [(b, n, h, HEAD_DIM) for n in (num_queries, num_keys, num_keys)]
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.to(DEVICE, torch.bfloat16) for x in (3 * q, k, v)]
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("blhd,bshd->blhs", q.double(), k.double()) * HEAD_DIM**-0.5
+    return torch.einsum("blhs,bshd->blhd", scores.softmax(-1), v.double()), scores.logsumexp(-1)
+
+
+def assert_right(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    expected, expected_lse = exactly(q, k, v)
+    assert (out - expected).abs().max() < BFLOAT16 * expected.abs().max()
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------- what the kernel is told
+
+
+def place_of_block(block: int, num_tiles: int, num_heads: int) -> tuple[int, int, bool]:
+    """As in attention_bf16_hopper.cu: head, tile, and whether the block is one of a pair."""
+    pairs, (cluster, rank) = num_tiles // 2, divmod(block, 2)
+    left = cluster - pairs * num_heads
+    if left < 0:
+        return cluster // pairs, cluster % pairs * 2 + rank, True
+    return left * 2 + rank, num_tiles - 1, False
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 40])
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 143, 394])
+def test_every_tile_of_every_head_has_one_block_and_pairs_share_a_head(num_tiles, num_heads):
+    blocks = range(hopper_attention._grid(num_tiles, num_heads)[0])
+    places = [place_of_block(block, num_tiles, num_heads) for block in blocks]
+    taken = sorted((head, tile) for head, tile, _ in places if head < num_heads)
+    assert taken == [(head, tile) for head in range(num_heads) for tile in range(num_tiles)]
+    assert len(places) - len(taken) <= 1
+    for first, second in zip(places[::2], places[1::2], strict=True):
+        assert first[2] == second[2]
+        if first[2]:
+            assert first[0] == second[0]
+
+
+def as_the_kernel_does(grid, values, types) -> None:
+    """What attention_bf16_hopper.cu makes of its arguments, block after block."""
+    (q, box), (k, k_box), (v, v_box), out_at, lse_at, num_queries, num_keys, h, b, scale = values
+    assert box == k_box == v_box == (64, 1, 64, 1) and len(types) == len(values)
+    num_tiles = -(-num_queries // QUERIES)
+    sizes = (HEAD_DIM, h, num_queries, b)
+    out = memory(out_at, sizes, (256, 256 * h, 256 * h * num_queries))
+    lse = None
+    if lse_at:
+        raw = (ctypes.c_float * (b * num_queries * h)).from_address(lse_at)
+        lse = torch.frombuffer(raw, dtype=torch.float32).view(b, num_queries, h)
+
+    def rows(source: Tensor, sample: int, head: int, start: int, number: int) -> Tensor:
+        boxes = [
+            [box_of(source, box, sample, t, head, c)[0, :, 0] for c in (0, 64)]
+            for t in range(start, start + number, 64)
+        ]
+        return torch.cat([torch.cat(row, dim=1) for row in boxes])
+
+    for block in range(grid[0]):
+        place, tile, _ = place_of_block(block, num_tiles, b * h)
+        if place >= b * h:
+            continue
+        sample, head = divmod(place, h)
+        queries = rows(q, sample, head, tile * QUERIES, QUERIES)
+        keys, values_of = (rows(x, sample, head, 0, -(-num_keys // 128) * 128) for x in (k, v))
+        scores = (queries @ keys.T * scale)[:, :num_keys]
+        highest = scores.amax(1, keepdim=True)
+        p = torch.exp2(scores - highest)
+        made = p.bfloat16().float() @ values_of[:num_keys] / p.sum(1, keepdim=True)
+        tokens = range(tile * QUERIES, min((tile + 1) * QUERIES, num_queries))
+        out[sample, tokens.start : tokens.stop, head] = made[: len(tokens)].bfloat16()
+        if lse is not None:
+            total = (highest + p.sum(1, keepdim=True).log2())[: len(tokens), 0]
+            lse[sample, tokens.start : tokens.stop, head] = total / 1.4426950408889634
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("reads the tensors where a CPU has them")
+    monkeypatch.setattr(hopper_attention, "fits", lambda q: True)
+    monkeypatch.setattr(hopper_attention, "KERNEL", SimpleNamespace(launch=as_the_kernel_does))
+    monkeypatch.setattr(hopper, "tensor_map", tensor_map)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_maps_boxes_and_blocks_cover_the_attention(on_a_cpu, shape):
+    q, k, v = draw(*shape)
+    assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+def test_parts_of_one_tensor_are_read_where_they_lie(on_a_cpu):
+    """As the fused blocks have them: q, k and v between each other."""
+    q, k, v = torch.stack(draw(2, 150, 150, 3), dim=2).unbind(2)
+    assert all(hopper_attention._mappable(x) is x for x in (q, k[:, :140], v))
+    assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+def test_what_tma_cannot_read_is_copied_first(on_a_cpu):
+    q, k, v = draw(1, 100, 70, 2)
+    shifted = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    apart = k.transpose(1, 3).contiguous().transpose(1, 3)
+    for x in (shifted, apart):
+        assert hopper_attention._mappable(x) is not x
+    assert_right(*hopper_attention.hopper_attention_with_lse(shifted, apart, v), q, k, v)
+
+
+def test_what_the_kernel_holds_fits_into_shared_memory():
+    assert 200_000 < hopper_attention.KERNEL.shared_bytes <= 232_448
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_it_is_refused_in_a_sentence_where_there_is_no_kernel():
+    with pytest.raises(ValueError, match="attention backend hopper needs a Hopper GPU"):
+        check_kernel("hopper", device="cpu", dtype=torch.bfloat16, head_dim=128, needs_lse=False)
+    with pytest.raises(ValueError, match="hopper is not known to xfuser"):
+        check_backends(attention="hopper", parallel_backend="xfuser", ring_degree=1)
+    check_backends(attention="hopper", parallel_backend="own", ring_degree=2)
+
+
+# ---------------------------------------------------------------------------------- on the card
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1000, 5000, 5), (1, 192 * 7, 2048, 3)])
+def test_the_kernel_computes_attention(shape):
+    q, k, v = draw(*shape)
+    assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+@needs_kernel
+def test_the_kernel_reads_parts_of_one_tensor():
+    q, k, v = torch.stack(draw(2, 500, 500, 3), dim=2).unbind(2)
+    assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+@needs_kernel
+def test_scores_far_apart_and_rising_overflow_nowhere():
+    q, k, v = draw(1, 300, 900, 2)
+    k = (k * torch.linspace(0.1, 40, 900, device=DEVICE)[:, None, None]).bfloat16()
+    assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+@needs_kernel
+def test_the_same_numbers_come_out_every_time():
+    q, k, v = draw(1, 3000, 4000, 5)
+    first = hopper_attention.hopper_attention(q, k, v)
+    for _ in range(20):
+        assert torch.equal(hopper_attention.hopper_attention(q, k, v), first)

@@ -1,0 +1,291 @@
+// Exact attention of bfloat16 on Hopper (sm_90a), head_dim 128: scores, exponentials and sums in
+// float32, probabilities rounded to bfloat16 for the second product.
+//
+// q [B, L, H, 128], k and v [B, S, H, 128] as tensor maps (hopper_attention.py), out [B, L, H, 128]
+// and the log-sum-exp [B, L, H], if there is a place for it.
+//
+// Three groups of four warps, of 64 queries each, share the keys and values that a fourth group has
+// TMA copy into a ring in shared memory, 128 keys or values a tile; two blocks of a cluster share
+// them as well. While one group takes its exponentials the others have the tensor cores, and so has
+// its own second product while the other half of its exponentials is taken. A thread's scores are
+// where that product wants its probabilities: they stay in registers.
+// Rows have 128 bytes, 64 channels, swizzled by 128 bytes: a tile is two panels of them.
+
+#include "hopper.cuh"
+
+constexpr int GROUPS = 3;  // of 64 queries
+constexpr int KEYS = 128;
+constexpr int BOX_BYTES = 64 * 128;  // 64 rows of a panel: what is copied in one go
+constexpr int PANEL_BYTES = 2 * BOX_BYTES;
+constexpr int TILE_BYTES = 2 * PANEL_BYTES;
+constexpr int Q_BYTES = 2 * BOX_BYTES;  // of one group
+constexpr float SLACK = 8.0f;           // log2 of how far a probability may exceed 1
+
+// ------------------------------------------------------------------------------------ clusters
+
+// At the barrier in the same place of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// All threads of both blocks.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Two blocks of a cluster take neighbouring tiles of queries of one head and copy each half of its
+// keys and values into the shared memory of both: half as much is read from L2. The last tile of an
+// odd number is alone: the other block of its cluster has that of the next head, or nothing to do.
+struct Place {
+  int head, tile;
+  u32 rank;  // in the cluster
+  bool is_pair;
+};
+
+__device__ __forceinline__ Place place_of_block(int num_tiles, int num_heads) {
+  const int pairs = num_tiles / 2, cluster = blockIdx.x / 2, rank = blockIdx.x % 2;
+  const int left = cluster - pairs * num_heads;
+  if (left < 0) return {cluster / pairs, cluster % pairs * 2 + rank, (u32)rank, true};
+  return {left * 2 + rank, num_tiles - 1, (u32)rank, false};
+}
+
+// ------------------------------------------------------------------------------ instructions
+
+// 64 channels of 64 tokens; zeros for those that are not there.
+__device__ __forceinline__ void copy(u32 to, const TensorMap* map, int channel, int head, int token,
+                                     int sample, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+      ::"r"(to), "l"(map), "r"(channel), "r"(head), "r"(token), "r"(sample), "r"(barrier)
+      : "memory");
+}
+
+// The same, to the same place in both blocks of the cluster.
+__device__ __forceinline__ void copy_to_both(u32 to, const TensorMap* map, int channel, int head,
+                                             int token, int sample, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+      ::"r"(to), "l"(map), "r"(channel), "r"(head), "r"(token), "r"(sample), "r"(barrier),
+        "h"((u16)3)
+      : "memory");
+}
+
+// Rows along the sum (q and k): 1024 bytes from 8 rows to the next 8.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+  return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+// Rows across the sum (v): PANEL_BYTES from 64 channels to the next, 1024 from 8 keys to the next.
+__device__ __forceinline__ u64 descriptor_across(u32 at) {
+  return (u64)((at & 0x3FFFF) >> 4) | (u64)(PANEL_BYTES / 16) << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+#define SCORES(add)                                                                           \
+  "{\n.reg .pred add;\nsetp.ne.b32 add, " add ", 0;\n"                                        \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64                      \
+  "}, %64, %65, add, 1, 1, 0, 0;\n}"
+
+// s = q k^T, of 16 channels, and s += the next ones'.
+__device__ __forceinline__ void first_scores(float (&s)[64], u64 q, u64 k) {
+  asm volatile(SCORES("0") : OPERANDS_64("=f", s) : "l"(q), "l"(k));
+}
+__device__ __forceinline__ void add_scores(float (&s)[64], u64 q, u64 k) {
+  asm volatile(SCORES("1") : OPERANDS_64("+f", s) : "l"(q), "l"(k));
+}
+
+// o += p v, of 16 keys.
+__device__ __forceinline__ void add_values(float (&o)[64], const u32* p, u64 v) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGISTERS_64
+      "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"
+      : OPERANDS_64("+f", o) : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
+}
+
+// The registers of a product that is under way must not be touched before it has ended.
+__device__ __forceinline__ void hold(float (&x)[64]) {
+  asm volatile("" : OPERANDS_64("+f", x)::"memory");
+}
+__device__ __forceinline__ void hold(u32 (&x)[32]) {
+  asm volatile("" : OPERANDS_16("+r", x, 0), OPERANDS_16("+r", x, 16)::"memory");
+}
+
+// Of a thread's two rows (accumulators 4 j, 4 j + 1 and 4 j + 2, 4 j + 3): the highest score yet,
+// times scale, once it lies SLACK above the last that was taken, and what sums must be multiplied
+// by then. True if any row of the warp has another one.
+__device__ __forceinline__ bool update_highest(const float (&s)[64], float scale,
+                                               float (&highest)[2], float (&shrink)[2]) {
+  bool changed = false;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float most = s[2 * r];
+#pragma unroll
+    for (int j = 0; j < 16; j++) most = fmaxf(most, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+    const float now = most * scale > highest[r] + SLACK ? most * scale : highest[r];
+    shrink[r] = exp2_of(highest[r] - now);
+    changed |= now != highest[r];
+    highest[r] = now;
+  }
+  return __any_sync(~0u, changed);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1)
+    attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+              const __grid_constant__ TensorMap v_map, u16* __restrict__ out,
+              float* __restrict__ log_sum_exp, int num_queries, int num_keys, int num_heads,
+              int num_samples, float scale) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const u32 queries = address(memory), tiles = queries + GROUPS * Q_BYTES;
+  const u32 q_full = tiles + TILES * TILE_BYTES, full = q_full + 8, free = full + 8 * TILES;
+  const int num_query_tiles = (num_queries + 64 * GROUPS - 1) / (64 * GROUPS);
+  const Place place = place_of_block(num_query_tiles, num_samples * num_heads);
+  const int sample = place.head / num_heads, head = place.head % num_heads;
+  const int num_blocks = (num_keys + KEYS - 1) / KEYS;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    barrier_init(q_full, 1);
+    for (int i = 0; i < TILES; i++) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(free + 8 * i, 4 * GROUPS * (place.is_pair ? 2 : 1));
+    }
+    barriers_are_there();
+  }
+  cluster_sync();
+
+  int tile = 0;  // in the ring
+  if (sample >= num_samples) {
+    // The other block of the cluster has the last tile of all.
+  } else if (group == GROUPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    if (threadIdx.x == GROUPS * 128) {
+      barrier_expect(q_full, GROUPS * Q_BYTES);
+      for (int i = 0; i < 2 * GROUPS; i++) {
+        copy(queries + i * BOX_BYTES, &q_map, i % 2 * 64, head,
+             place.tile * GROUPS * 64 + i / 2 * 64, sample, q_full);
+      }
+      u32 parity = 1;
+#pragma unroll 1
+      for (int i = 0; i < 2 * num_blocks; i++) {  // keys, values, keys, values
+        const TensorMap* map = i % 2 ? &v_map : &k_map;
+        const u32 to = tiles + tile * TILE_BYTES, barrier = full + 8 * tile;
+        barrier_wait(free + 8 * tile, parity);
+        barrier_expect(barrier, TILE_BYTES);
+#pragma unroll
+        for (int box = 0; box < 4; box++) {
+          const int half = box % 2, channel = box / 2 * 64, token = i / 2 * KEYS + half * 64;
+          if (!place.is_pair) {
+            copy(to + box * BOX_BYTES, map, channel, head, token, sample, barrier);
+          } else if (half == place.rank) {
+            copy_to_both(to + box * BOX_BYTES, map, channel, head, token, sample, barrier);
+          }
+        }
+        if (++tile == TILES) tile = 0, parity ^= 1;
+      }
+    }
+    __syncwarp();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    const u64 q_at = descriptor(queries + group * Q_BYTES);
+    const u64 k_at = descriptor(tiles), v_at = descriptor_across(tiles);
+    float o[64], highest[2], total[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 64; i++) o[i] = 0.0f;
+    highest[0] = highest[1] = __int_as_float(0xff800000);  // -infinity
+    u32 parity = 0;
+    const auto tile_is_read = [&] {
+      if (lane == 0) barrier_arrive(free + 8 * tile);
+      if (lane == 1 && place.is_pair) barrier_arrive_at(free + 8 * tile, place.rank ^ 1);
+      if (++tile == TILES) tile = 0, parity ^= 1;
+    };
+    barrier_wait(q_full, 0);
+#pragma unroll 1
+    for (int i = 0; i < num_blocks; i++) {
+      float s[64];
+      const u64 keys = k_at + tile * (TILE_BYTES / 16);
+      barrier_wait(full + 8 * tile, parity);
+      begin_products();
+      first_scores(s, q_at, keys);
+#pragma unroll
+      for (int k = 1; k < 8; k++) {  // 16 channels
+        add_scores(s, q_at + k / 4 * (BOX_BYTES / 16) + k % 4 * 2,
+                   keys + k / 4 * (PANEL_BYTES / 16) + k % 4 * 2);
+      }
+      commit_products();
+      wait_for_products();
+      hold(s);
+      tile_is_read();
+
+      const int num_there = num_keys - i * KEYS;
+      if (num_there < KEYS) {
+#pragma unroll
+        for (int j = 0; j < 64; j++) {
+          if (j / 4 * 8 + lane % 4 * 2 + j % 2 >= num_there) s[j] = __int_as_float(0xff800000);
+        }
+      }
+      float shrink[2];
+      if (update_highest(s, scale, highest, shrink)) {
+        total[0] *= shrink[0];
+        total[1] *= shrink[1];
+#pragma unroll
+        for (int j = 0; j < 64; j++) o[j] *= shrink[j / 2 % 2];
+      }
+      u32 p[32];
+      const u64 values = v_at + tile * (TILE_BYTES / 16);
+      barrier_wait(full + 8 * tile, parity);
+      hold(o);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 16 * half; j < 16 * half + 16; j++) {
+          const int r = j % 2;
+          const float a = exp2_of(fmaf(s[2 * j], scale, -highest[r]));
+          const float b = exp2_of(fmaf(s[2 * j + 1], scale, -highest[r]));
+          total[r] += a + b;
+          p[j] = to_bf16(a, b);
+        }
+        begin_products();
+#pragma unroll
+        for (int k = 4 * half; k < 4 * half + 4; k++) {  // 16 keys
+          add_values(o, p + 4 * k, values + k * (2048 / 16));
+        }
+        commit_products();
+      }
+      wait_for_products();
+      hold(p);
+      hold(o);
+      tile_is_read();
+    }
+
+    const int row = (place.tile * GROUPS + group) * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      total[r] += __shfl_xor_sync(~0u, total[r], 1);
+      total[r] += __shfl_xor_sync(~0u, total[r], 2);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (row + 8 * r >= num_queries) continue;
+      const u64 at = ((u64)sample * num_queries + row + 8 * r) * num_heads + head;
+      const float factor = 1.0f / total[r];
+#pragma unroll
+      for (int j = 0; j < 16; j++) {
+        *(u32*)(out + at * 128 + 8 * j + lane % 4 * 2) =
+            to_bf16(o[4 * j + 2 * r] * factor, o[4 * j + 2 * r + 1] * factor);
+      }
+      if (log_sum_exp && lane % 4 == 0) {
+        log_sum_exp[at] = (highest[r] + log2f(total[r])) * 0.69314718f;  // log 2
+      }
+    }
+  }
+  // Until the other block has arrived at the last of this one's barriers.
+  cluster_sync();
+}

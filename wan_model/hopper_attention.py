@@ -1,0 +1,101 @@
+"""Exact attention on a Hopper GPU by our own kernel, `attention_bf16_hopper.cu`.
+
+Owns the operands it is given: tensor maps of q, k and v as they lie, of whatever they are parts.
+The kernel is loaded and launched by `hopper`. Knows nothing about other kernels.
+
+Shapes: B batch, L queries, S keys, H heads; a head_dim of 128.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from wan_model import hopper
+
+WHO = "attention backend hopper"
+HEAD_DIM = 128
+QUERIES = 3 * 64  # of a block, as in attention_bf16_hopper.cu
+BOX = (64, 1, 64, 1)  # channels, heads, tokens, samples of a copy
+TILES = 5  # of 128 keys or values in flight
+KERNEL = hopper.Kernel(
+    who=WHO, file="attention_bf16_hopper.cu", name="attention", num_threads=512,
+    shared_bytes=2 * HEAD_DIM * (QUERIES + TILES * 128) + 8 * (1 + 2 * TILES),
+    macros=(("TILES", TILES),),
+)  # fmt: skip
+
+
+def fits(q: Tensor) -> bool:
+    """Whether there is a kernel for tensors like `q`, on its device."""
+    return (
+        q.is_cuda
+        and q.dtype == torch.bfloat16
+        and q.shape[-1] == HEAD_DIM
+        and hopper.has_bindings()
+        and hopper.is_hopper(q.device.index)
+    )
+
+
+def hopper_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v -> [B, L, H, D]. ValueError where there is no kernel for it."""
+    return _launch(q_BLHD, k_BSHD, v_BSHD, None)
+
+
+def hopper_attention_with_lse(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and log(sum(exp(scores))) as float32 [B, L, H]."""
+    lse_BLH = torch.empty(q_BLHD.shape[:3], dtype=torch.float32, device=q_BLHD.device)
+    return _launch(q_BLHD, k_BSHD, v_BSHD, lse_BLH), lse_BLH
+
+
+def _launch(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lse_BLH: Tensor | None) -> Tensor:
+    if not fits(q_BLHD):
+        raise ValueError(
+            f"{WHO} needs a Hopper GPU, cuda-bindings, bfloat16 and a head_dim of {HEAD_DIM}:"
+            " use another one"
+        )
+    b, num_queries, h, d = q_BLHD.shape
+    out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q_BLHD.device)
+    q, k, v = (_mappable(x) for x in (q_BLHD, k_BSHD, v_BSHD))
+    pointers = (out.data_ptr(), 0 if lse_BLH is None else lse_BLH.data_ptr())
+    numbers = (num_queries, k.shape[1], h, b)
+    with torch.cuda.device_of(q):
+        KERNEL.launch(
+            _grid(-(-num_queries // QUERIES), b * h),
+            (*(_map(x) for x in (q, k, v)), *pointers, *numbers, math.log2(math.e) / math.sqrt(d)),
+            (None,) * 3
+            + (ctypes.c_void_p,) * len(pointers)
+            + (ctypes.c_int,) * len(numbers)
+            + (ctypes.c_float,),
+        )
+    return out
+
+
+def _grid(num_tiles: int, num_heads: int) -> tuple[int, int]:
+    """Two blocks, which share keys and values, for every two tiles of queries of a head; where
+    their number is odd, one for each of the last ones, in pairs too. `place_of_block` is the
+    inverse."""
+    num_left = num_heads if num_tiles % 2 else 0
+    return 2 * (num_tiles // 2 * num_heads + -(-num_left // 2)), 1
+
+
+def _mappable(x: Tensor) -> Tensor:
+    """As it is where TMA can read it: channels together, the rest in steps of 16 bytes."""
+    steps = [x.stride(i) for i in range(3) if x.shape[i] > 1]
+    fits = x.stride(3) == 1 and all(s % 8 == 0 for s in steps) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _map(x_BLHD: Tensor):
+    b, num_tokens, h, d = x_BLHD.shape
+    # The step of a dimension of one is never taken, but has to be one that TMA takes.
+    step_b, step_l, step_h = (
+        2 * (x_BLHD.stride(i) if x_BLHD.shape[i] > 1 else d) for i in range(3)
+    )
+    return hopper.tensor_map(
+        WHO, x_BLHD.data_ptr(), (d, h, num_tokens, b), (step_h, step_l, step_b), BOX
+    )
