@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import Record, machine, median_s
-from wan_model import kernels, row_ops
+from wan_model import kernels, row_ops, text_kernels
 from wan_model.row_ops import FP8, Change, Quantised, RowLayout
+from wan_model.text_attention import TextKeys, text_attention
 
 VARIANTS = ((1024, 8, 4), (1024, 4, 2), (512, 8, 8), (512, 4, 4), (512, 2, 2))
 """(piece, warps of the norms, warps of quantising); the first is what is used."""
+TEXT_VARIANTS = ((128, 8, 2, 16), (128, 8, 2, 4), (64, 4, 2, 16), (64, 4, 2, 8), (64, 8, 3, 8))
+"""(rows, warps, stages, tiles) of the attention to the text; the first is what is used."""
 
 
 class Bench:
@@ -99,6 +102,25 @@ class Bench:
         for name, run in (("linear, then gelu", apart), ("linear with gelu epilogue", joined)):
             self.note(name, run, 0, relative(run()[:256].float(), exact))
 
+    def text(self, rows: int, warps: int, stages: int, tiles: int) -> None:
+        """A prompt of 120 tokens and its padding."""
+        text_kernels.ROWS, text_kernels.TILES = rows, tiles
+        text_kernels.NUM_WARPS, text_kernels.NUM_STAGES = warps, stages
+        heads, num_keys = (self.dim // self.head, self.head), 121
+        q = self.draw(1, self.rows, *heads, dtype=torch.bfloat16)
+        k, v = (self.draw(1, num_keys, *heads, dtype=torch.bfloat16) for _ in range(2))
+        keys = TextKeys(k, v, torch.ones(1, num_keys, device=self.device))
+        # The definition is a library's kernel there, in float32.
+        exact = text_attention(q.float(), TextKeys(k.float(), v.float(), keys.log_counts))
+        run = lambda: text_attention(q, keys)  # noqa: E731
+        error = relative(run().float(), exact)
+        self.note(
+            f"text, {rows} rows, {warps} warps, {stages} stages, {tiles} tiles",
+            run,
+            2 * q.nbytes,
+            error,
+        )
+
     @torch.inference_mode()
     def run(self) -> None:
         self.record.case("copy", self.copy, limit_s=20)
@@ -111,6 +133,8 @@ class Bench:
             self.record.case(f"norm_rope {chunk} {warps}", self.norm_rope, limit_s=30)
             self.record.case(f"gelu {chunk} {warps}", self.gelu, limit_s=30)
         self.record.case("gelu epilogue", self.gelu_in_the_product, limit_s=30)
+        for variant in TEXT_VARIANTS[: self.num_variants]:
+            self.record.case(f"text {variant}", partial(self.text, *variant), limit_s=30)
 
 
 def compare(run: Callable[[], row_ops.Rows]) -> float:

@@ -67,9 +67,8 @@ def _text_attention_kernel(
                 highest = now
                 total = total * shrink + tl.sum(p, 1)
                 made = made * shrink[:, None] + tl.dot(p.to(values.dtype), values)
-        tl.store(
-            out + at * H * D + cols, (made / total[:, None]).to(out.dtype.element_ty), mask=inside
-        )
+        made *= (1.0 / total)[:, None]
+        tl.store(out + at * H * D + cols, made.to(out.dtype.element_ty), mask=inside)
 
 
 def text_attention(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, log_counts_BL: Tensor) -> Tensor:
