@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import Record, machine, median_s
@@ -79,28 +78,13 @@ class Bench:
         error = compare(lambda: run(qkv.clone()))
         self.note("norm_rope q, k", run, 4 * self.rows * self.dim * 2, error)
 
-    def gelu(self) -> None:
+    def quantise(self) -> None:
         x = self.draw(self.rows, self.ffn, dtype=torch.bfloat16)
-        error = compare(lambda: row_ops.gelu(x.clone(), out_dtype=torch.bfloat16))
-        self.note("gelu", lambda: row_ops.gelu(x, out_dtype=torch.bfloat16), 2 * x.nbytes, error)
-        x = self.draw(self.rows, self.ffn, dtype=torch.bfloat16)
-        error = compare(lambda: row_ops.gelu(x, out_dtype=FP8))
         run = lambda: row_ops.gelu(x, out_dtype=FP8)  # noqa: E731
-        self.note("gelu to fp8", run, 1.5 * x.nbytes, error)
+        self.note("gelu to fp8", run, 1.5 * x.nbytes, compare(run))
         y = self.draw(self.rows, self.dim, dtype=torch.bfloat16)
-        error = compare(lambda: row_ops.quantise_rows(y))
-        self.note("quantise", lambda: row_ops.quantise_rows(y), 1.5 * y.nbytes, error)
-
-    def gelu_in_the_product(self) -> None:
-        """The whole first linear of the FFN: with a GELU kernel, and with GELU as its epilogue."""
-        y = self.draw(self.rows, self.dim, dtype=torch.bfloat16)
-        w = self.draw(self.ffn, self.dim, dtype=torch.bfloat16) * self.dim**-0.5
-        b = self.draw(self.ffn, dtype=torch.bfloat16)
-        exact = F.gelu(F.linear(y[:256].float(), w.float(), b.float()), approximate="tanh")
-        apart = lambda: row_ops.gelu(F.linear(y, w, b), out_dtype=torch.bfloat16)  # noqa: E731
-        joined = lambda: torch._addmm_activation(b, y, w.t(), use_gelu=True)  # noqa: E731
-        for name, run in (("linear, then gelu", apart), ("linear with gelu epilogue", joined)):
-            self.note(name, run, 0, relative(run()[:256].float(), exact))
+        run = lambda: row_ops.quantise_rows(y)  # noqa: E731
+        self.note("quantise", run, 1.5 * y.nbytes, compare(run))
 
     def text(self, rows: int, warps: int, stages: int, tiles: int) -> None:
         """A prompt of 120 tokens and its padding."""
@@ -131,8 +115,7 @@ class Bench:
                 run = partial(self.add_norm, dtype)
                 self.record.case(f"add_norm {dtype} {chunk} {warps}", run, limit_s=30)
             self.record.case(f"norm_rope {chunk} {warps}", self.norm_rope, limit_s=30)
-            self.record.case(f"gelu {chunk} {warps}", self.gelu, limit_s=30)
-        self.record.case("gelu epilogue", self.gelu_in_the_product, limit_s=30)
+            self.record.case(f"quantise {chunk} {warps}", self.quantise, limit_s=30)
         for variant in TEXT_VARIANTS[: self.num_variants]:
             self.record.case(f"text {variant}", partial(self.text, *variant), limit_s=30)
 

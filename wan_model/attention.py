@@ -14,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -71,14 +71,17 @@ def attention_with_lse(
     return run(q_BLHD, k_BSHD, v_BSHD)
 
 
-def resolve_backend(backend: str, q: Tensor) -> str:
-    """The kernel's name; "auto" is the fastest that there is for tensors like `q`."""
+def resolve_backend(backend: str, q: Tensor, *, among: Collection[str] = ATTENTION_BACKENDS) -> str:
+    """The kernel's name; "auto" is the fastest of `among` that there is for tensors like `q`."""
     if backend == "auto":
         if q.device.type != "cuda" or q.dtype == torch.float32:  # the fast ones are 16 bit only
             return "sdpa"
-        if hopper_attention.fits(q):
-            return "hopper"
-        return "flash_attn_4" if _first_module(_KERNELS["flash_attn_4"]) else "cudnn"
+        there = {
+            "hopper": hopper_attention.fits(q),
+            "flash_attn_4": _first_module(_KERNELS["flash_attn_4"]) is not None,
+            "cudnn": True,
+        }
+        return next(name for name in there if there[name] and name in among)
     if backend not in _KERNELS:
         known = ", ".join(ATTENTION_BACKENDS)
         raise ValueError(f"unknown attention backend {backend!r}: use one of {known}")

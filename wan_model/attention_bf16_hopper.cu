@@ -56,17 +56,7 @@ __device__ __forceinline__ Place place_of_block(int num_tiles, int num_heads) {
 
 // ------------------------------------------------------------------------------ instructions
 
-// 64 channels of 64 tokens; zeros for those that are not there.
-__device__ __forceinline__ void copy(u32 to, const TensorMap* map, int channel, int head, int token,
-                                     int sample, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6];"
-      ::"r"(to), "l"(map), "r"(channel), "r"(head), "r"(token), "r"(sample), "r"(barrier)
-      : "memory");
-}
-
-// The same, to the same place in both blocks of the cluster.
+// 64 channels of 64 tokens, to the same place in both blocks of the cluster.
 __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap* map, int channel, int head,
                                              int token, int sample, u32 barrier) {
   asm volatile(
@@ -75,11 +65,6 @@ __device__ __forceinline__ void copy_to_both(u32 to, const TensorMap* map, int c
       ::"r"(to), "l"(map), "r"(channel), "r"(head), "r"(token), "r"(sample), "r"(barrier),
         "h"((u16)3)
       : "memory");
-}
-
-// Rows along the sum (q and k): 1024 bytes from 8 rows to the next 8.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-  return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
 
 // Rows across the sum (v): PANEL_BYTES from 64 channels to the next, 1024 from 8 keys to the next.
@@ -139,7 +124,7 @@ __device__ __forceinline__ bool update_highest(const float (&s)[64], float scale
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1)
-    attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+    exact_attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
               const __grid_constant__ TensorMap v_map, u16* __restrict__ out,
               float* __restrict__ log_sum_exp, int num_queries, int num_keys, int num_heads,
               int num_samples, float scale) {
@@ -169,8 +154,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
     if (threadIdx.x == GROUPS * 128) {
       barrier_expect(q_full, GROUPS * Q_BYTES);
       for (int i = 0; i < 2 * GROUPS; i++) {
-        copy(queries + i * BOX_BYTES, &q_map, i % 2 * 64, head,
-             place.tile * GROUPS * 64 + i / 2 * 64, sample, q_full);
+        copy_box(queries + i * BOX_BYTES, &q_map, i % 2 * 64, head,
+                 place.tile * GROUPS * 64 + i / 2 * 64, sample, q_full);
       }
       u32 parity = 1;
 #pragma unroll 1
@@ -183,7 +168,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
         for (int box = 0; box < 4; box++) {
           const int half = box % 2, channel = box / 2 * 64, token = i / 2 * KEYS + half * 64;
           if (!place.is_pair) {
-            copy(to + box * BOX_BYTES, map, channel, head, token, sample, barrier);
+            copy_box(to + box * BOX_BYTES, map, channel, head, token, sample, barrier);
           } else if (half == place.rank) {
             copy_to_both(to + box * BOX_BYTES, map, channel, head, token, sample, barrier);
           }
@@ -194,8 +179,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
     __syncwarp();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    const u64 q_at = descriptor(queries + group * Q_BYTES);
-    const u64 k_at = descriptor(tiles), v_at = descriptor_across(tiles);
+    const u64 q_at = descriptor_128(queries + group * Q_BYTES);
+    const u64 k_at = descriptor_128(tiles), v_at = descriptor_across(tiles);
     float o[64], highest[2], total[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0.0f;

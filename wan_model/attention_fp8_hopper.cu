@@ -1,4 +1,5 @@
-// The quantised attention on Hopper (sm_90a), of operands that attention_kernels.py lays out.
+// The quantised attention on Hopper (sm_90a), of operands that quantised_attention_kernels.py lays
+// out.
 //
 // Three groups of four warps share the keys and values that a fourth group copies into shared
 // memory: one read of them serves 192 queries. While one group takes its exponentials the others
@@ -9,7 +10,7 @@
 //   of the values are in another order, in each 16, so that no thread needs another's;
 //   out += p v. The values have 8 more channels, 1 for every key there is: the sum of p comes with
 //   the product. It is added up in float32, block after block: the fp8 products keep about 14 bits.
-// Sums are multiplied only when a warp has found a higher score. Shapes: see attention_kernels.py.
+// Sums are multiplied only when a warp has found a higher score. Shapes: see there.
 
 #include "hopper.cuh"
 
@@ -28,11 +29,6 @@ __device__ __forceinline__ void copy(u32 to, const u8* from, u32 bytes, u32 barr
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// Rows of 128 bytes, swizzled by 128 bytes, 1024 bytes from 8 rows to the next 8.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-  return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
 
 __device__ __forceinline__ u32 to_fp8(float a, float b, float c, float d) {
@@ -106,7 +102,7 @@ __device__ __forceinline__ void probabilities(const u32 (&s)[64], u32 (&p)[16],
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
-    attention(const u8* __restrict__ q, const u8* __restrict__ k, const u8* __restrict__ v,
+    quantised_attention(const u8* __restrict__ q, const u8* __restrict__ k, const u8* __restrict__ v,
               const float* __restrict__ q_scale, const float* __restrict__ k_scale,
               const float* __restrict__ v_scale, const float* __restrict__ v_mean,
               u16* __restrict__ out, int num_queries, int padded_queries, int num_blocks,
@@ -162,8 +158,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #pragma unroll
     for (int i = 0; i < 68; i++) o[i] = 0.0f;
     highest[0] = highest[1] = __int_as_float(0xff800000);  // -infinity
-    const u64 q_at = descriptor(address(memory) + group * Q_BYTES);
-    const u64 k_at = descriptor(address(keys)), v_at = descriptor(address(values));
+    const u64 q_at = descriptor_128(address(memory) + group * Q_BYTES);
+    const u64 k_at = descriptor_128(address(keys)), v_at = descriptor_128(address(values));
     barrier_wait(q_full, 0);
     int stage = 0;
     u32 parity = 0;

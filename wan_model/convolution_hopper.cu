@@ -34,16 +34,6 @@ __device__ __forceinline__ void copy_weights(u32 to, const TensorMap* map, int c
       ::"r"(to), "l"(map), "r"(chunk * CHANNELS), "r"(out), "r"(tap), "r"(barrier) : "memory");
 }
 
-// 32 channels of a frame; x and y may lie outside.
-__device__ __forceinline__ void copy_patch(u32 to, const TensorMap* map, int chunk, int x, int y,
-                                           int frame, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6];"
-      ::"r"(to), "l"(map), "r"(chunk * CHANNELS), "r"(x), "r"(y), "r"(frame), "r"(barrier)
-      : "memory");
-}
-
 // Rows of 64 bytes, swizzled by 64 bytes, 512 bytes from 8 rows to the next 8.
 __device__ __forceinline__ u64 descriptor(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)32 << 32 | (u64)2 << 62;
@@ -209,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int p = 0; p < num_patches; p++) {
           barrier_wait(p_free + 8 * patch, p_parity);
           barrier_expect(p_full + 8 * patch, PATCH_BYTES);
-          copy_patch(patches + patch * PATCH_BYTES, &x_map, chunk, tile.x - 1, tile.y - top,
-                     tile.frame + dt, p_full + 8 * patch);
+          copy_box(patches + patch * PATCH_BYTES, &x_map, chunk * CHANNELS, tile.x - 1,
+                   tile.y - top, tile.frame + dt, p_full + 8 * patch);
           if (++patch == PATCHES) patch = 0, p_parity ^= 1;
 #pragma unroll 1
           for (int dy = 0; dy < 3; dy++) {

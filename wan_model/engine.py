@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from wan_model import media, pictures
+from wan_model import convolution, media, pictures, text_attention
 from wan_model.attention import check_kernel
 from wan_model.backends import check_backends, check_precision
 from wan_model.config import Expert, ParallelDims, WanConfig
@@ -180,6 +180,8 @@ class ExpertEngine:
         self.open("warm-up", params=vars(params), conditioning=conditioning)
         self.step("warm-up")
         self.close("warm-up")
+        if self.device.startswith("cuda"):
+            text_attention.warm_up(self.config.transformer, self.device, self.transformer.dtype)
 
     @torch.inference_mode()
     def open(
@@ -237,7 +239,7 @@ class ExpertEngine:
         state = _impose_first_frame(state, job.conditioning)
         self.jobs[job_id] = replace(job, state=state)
         if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - started
         return {"step_index": state.step_index, "seconds": seconds, "reused": reused}
 
@@ -326,6 +328,8 @@ class VAEEngine:
         side = (16 if self.split_rows else 2) * self.config.size_multiple
         z, t, h, w = self.config.latent_shape(width=side, height=side, num_frames=5)
         self.decode_frames({"latents": np.zeros((z, t, h, w), np.float32)})
+        if self.device.startswith("cuda"):
+            convolution.warm_up(self.vae.parameters())  # so small a picture is left to cuDNN
 
     @torch.inference_mode()
     def encode_image(
@@ -405,7 +409,7 @@ class VAEEngine:
         return pictures.animation(frames, fps=VideoParams(**params).fps)
 
     def _decoded(self, state: Arrays) -> Iterator[np.ndarray]:
-        """A piece leaves the device while the next one is being decoded."""
+        """The CPU gives out the work of the next piece before it waits for one to arrive."""
         latents = torch.tensor(state["latents"], device=self.device)[None]
         chunk = _chunk(latents[0, 0].numel() * math.prod(self.config.vae.stride))
         rows = divide_rows(latents.shape[3]) if self.split_rows else None
@@ -429,7 +433,7 @@ def _begin_copy(x: Tensor) -> Callable[[], np.ndarray]:
     copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     copy.copy_(x, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(x.device))
 
     def wait() -> np.ndarray:
         done.synchronize()

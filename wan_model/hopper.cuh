@@ -40,7 +40,23 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// ---------------------------------------------------------------------------------------- copies
+
+// A box of a tensor of four dimensions, of which it may reach out: zeros there.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int a, int b, int c, int d,
+                                         u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+      ::"r"(to), "l"(map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(barrier) : "memory");
+}
+
 // -------------------------------------------------------------------------------------- products
+
+// Rows along the sum, of 128 bytes swizzled by 128: 1024 bytes from 8 rows to the next 8.
+__device__ __forceinline__ u64 descriptor_128(u32 at) {
+  return (u64)((at & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
 
 __device__ __forceinline__ void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

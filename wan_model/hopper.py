@@ -8,7 +8,6 @@ compute.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ class Kernel:
 
         ValueError where cuda-bindings is missing, RuntimeError for what else goes wrong.
         """
-        function = _function(self, torch.cuda.current_device())
+        function = self.load()
         checked(
             self.who,
             _driver(self.who).cuLaunchKernel(
@@ -45,6 +44,10 @@ class Kernel:
                 torch.cuda.current_stream().cuda_stream, (values, types), 0,
             ),
         )  # fmt: skip
+
+    def load(self) -> Any:
+        """Compiled and on the current device, as a launch needs it; both once."""
+        return _function(self, torch.cuda.current_device())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -75,8 +78,14 @@ def tensor_map(
 
 @functools.cache
 def has_bindings() -> bool:
-    found = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
-    return found is not None
+    """Whether cuda-bindings is installed and finds its compiler, NVRTC."""
+    try:
+        from cuda.bindings import nvrtc
+
+        checked("NVRTC", nvrtc.nvrtcVersion())
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 @functools.cache
@@ -88,7 +97,9 @@ def checked(who: str, result: tuple) -> Any:
     """What a call of the CUDA bindings returned after its error code. RuntimeError for an error."""
     error, *values = result
     if error.value:
-        raise RuntimeError(f"{who}: {error.name}")
+        raise RuntimeError(
+            f"{who}: {error.name}: is cuda-bindings of torch's CUDA version, {torch.version.cuda}?"
+        )
     return values[0] if values else None
 
 

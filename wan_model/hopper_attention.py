@@ -22,7 +22,7 @@ QUERIES = 3 * 64  # of a block, as in attention_bf16_hopper.cu
 BOX = (64, 1, 64, 1)  # channels, heads, tokens, samples of a copy
 TILES = 5  # of 128 keys or values in flight
 KERNEL = hopper.Kernel(
-    who=WHO, file="attention_bf16_hopper.cu", name="attention", num_threads=512,
+    who=WHO, file="attention_bf16_hopper.cu", name="exact_attention", num_threads=512,
     shared_bytes=2 * HEAD_DIM * (QUERIES + TILES * 128) + 8 * (1 + 2 * TILES),
     macros=(("TILES", TILES),),
 )  # fmt: skip
@@ -30,13 +30,21 @@ KERNEL = hopper.Kernel(
 
 def fits(q: Tensor) -> bool:
     """Whether there is a kernel for tensors like `q`, on its device."""
-    return (
-        q.is_cuda
-        and q.dtype == torch.bfloat16
-        and q.shape[-1] == HEAD_DIM
-        and hopper.has_bindings()
-        and hopper.is_hopper(q.device.index)
-    )
+    return _missing(q) is None
+
+
+def _missing(q: Tensor) -> str | None:
+    """What the kernel needs and has not."""
+    if not q.is_cuda or not hopper.is_hopper(q.device.index):
+        return "a Hopper GPU (compute capability 9.0): use another one"
+    if q.dtype != torch.bfloat16 or q.shape[-1] != HEAD_DIM:
+        return (
+            f"bfloat16 and a head_dim of {HEAD_DIM}, not {str(q.dtype).removeprefix('torch.')} and"
+            f" {q.shape[-1]}: use another one"
+        )
+    if not hopper.has_bindings():
+        return "cuda-bindings of torch's CUDA version: pip install cuda-bindings"
+    return None
 
 
 def hopper_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
@@ -53,12 +61,15 @@ def hopper_attention_with_lse(
 
 
 def _launch(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lse_BLH: Tensor | None) -> Tensor:
-    if not fits(q_BLHD):
-        raise ValueError(
-            f"{WHO} needs a Hopper GPU, cuda-bindings, bfloat16 and a head_dim of {HEAD_DIM}:"
-            " use another one"
-        )
+    if missing := _missing(q_BLHD):
+        raise ValueError(f"{WHO} needs {missing}")
     b, num_queries, h, d = q_BLHD.shape
+    keys = (b, k_BSHD.shape[1], h, d)
+    if not k_BSHD.shape == v_BSHD.shape == keys or not q_BLHD.dtype == k_BSHD.dtype == v_BSHD.dtype:
+        raise ValueError(
+            f"{WHO} needs keys and values of {list(keys)} in bfloat16, not {list(k_BSHD.shape)} in"
+            f" {k_BSHD.dtype} and {list(v_BSHD.shape)} in {v_BSHD.dtype}"
+        )
     out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q_BLHD.device)
     q, k, v = (_mappable(x) for x in (q_BLHD, k_BSHD, v_BSHD))
     pointers = (out.data_ptr(), 0 if lse_BLH is None else lse_BLH.data_ptr())
@@ -86,7 +97,7 @@ def _grid(num_tiles: int, num_heads: int) -> tuple[int, int]:
 def _mappable(x: Tensor) -> Tensor:
     """As it is where TMA can read it: channels together, the rest in steps of 16 bytes."""
     steps = [x.stride(i) for i in range(3) if x.shape[i] > 1]
-    fits = x.stride(3) == 1 and all(s % 8 == 0 for s in steps) and x.data_ptr() % 16 == 0
+    fits = x.stride(3) == 1 and all(s > 0 and s % 8 == 0 for s in steps) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

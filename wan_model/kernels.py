@@ -48,9 +48,7 @@ def _store_row(
 
 
 @triton.jit
-def _change(
-    y, gate, at, cols, HAS_GATE: tl.constexpr
-):  # fmt: skip
+def _change(y, gate, at, cols, HAS_GATE: tl.constexpr):
     change = tl.load(y + at).to(tl.float32)
     if HAS_GATE:
         change *= tl.load(gate + cols)
@@ -140,14 +138,6 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def _gelu_kernel(x, num_elements, CHUNK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-    inside = at < num_elements
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x + at, _gelu_tanh(value).to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _quantise_kernel(
     x, out, out_scale, row_stride, D: tl.constexpr, CHUNK: tl.constexpr, GELU: tl.constexpr
 ):
@@ -218,13 +208,6 @@ def norm_rope(
             D=dim, CHUNK=chunk_of(dim), HALF=cos.shape[-1] if rope else 1,
             NUM_PARTS=len(weights), ROPE=rope is not None, num_warps=NORM_WARPS,
         )  # fmt: skip
-
-
-def gelu_(x: Tensor) -> None:
-    """GELU (tanh form) of a contiguous tensor, in place."""
-    chunk = 4096
-    with torch.cuda.device_of(x):
-        _gelu_kernel[(triton.cdiv(x.numel(), chunk),)](x, x.numel(), CHUNK=chunk, num_warps=8)
 
 
 def quantise(x: Tensor, out: Tensor, out_scale: Tensor, *, gelu: bool) -> None:

@@ -45,9 +45,9 @@ def quantised_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tenso
     means = _means(k_BSHD, v_BSHD)
     if not _uses_kernels(q_BLHD):
         return _definition(q_BLHD, k_BSHD, v_BSHD, means)
-    from wan_model import attention_kernels
+    from wan_model import quantised_attention_kernels
 
-    return attention_kernels.quantised_attention(q_BLHD, k_BSHD, v_BSHD, means)
+    return quantised_attention_kernels.quantised_attention(q_BLHD, k_BSHD, v_BSHD, means)
 
 
 def _uses_kernels(x: Tensor) -> bool:

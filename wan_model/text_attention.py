@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan_model.config import TransformerConfig
 from wan_model.row_ops import has_triton
 
 
@@ -44,15 +45,24 @@ def text_attention(q_BNHD: Tensor, text: TextKeys) -> Tensor:
     return out.transpose(1, 2).to(q_BNHD.dtype)
 
 
-def count_rows(lengths: Sequence[int], text_len: int) -> Tensor:
+def count_rows(lengths: Sequence[int], text_len: int, device: torch.device) -> Tensor:
     """The log_counts [B, L] of prompts of so many tokens, padded to L rows: one more than the
     longest has, or text_len. The rows that pad a prompt share its padding evenly."""
     num_rows = min(text_len, max(lengths) + 1)
-    log_counts = torch.zeros(len(lengths), num_rows)
+    log_counts = torch.zeros(len(lengths), num_rows, device=device)
     for row_L, length in zip(log_counts, lengths, strict=True):
         if length < num_rows:
-            row_L[length:] = math.log((text_len - length) / (num_rows - length))
+            row_L[length:].fill_(math.log((text_len - length) / (num_rows - length)))
     return log_counts
+
+
+def warm_up(config: TransformerConfig, device: str, dtype: torch.dtype) -> None:
+    """Compiles what prompts of every length need, before there is one."""
+    heads = (config.num_heads, config.head_dim)
+    q = torch.zeros(1, 1, *heads, device=device, dtype=dtype)
+    for num_rows in range(128, config.text_len + 128, 128):
+        k = torch.zeros(1, min(num_rows, config.text_len), *heads, device=device, dtype=dtype)
+        text_attention(q, TextKeys(k, k, torch.zeros(k.shape[:2], device=device)))
 
 
 def _uses_kernels(q: Tensor) -> bool:

@@ -69,11 +69,11 @@ class WanTransformer(nn.Module):
         zero rows to text_len and the padding is attended to, as the model was trained: a few rows
         are computed and counted as often as needed.
         """
-        log_counts = count_rows([len(e) for e in prompt_embeds], self.config.text_len)
+        lengths = [len(e) for e in prompt_embeds]
+        log_counts = count_rows(lengths, self.config.text_len, prompt_embeds[0].device)
         num_rows = log_counts.shape[1]
         text_BLD = torch.stack([F.pad(e, (0, 0, 0, num_rows - len(e))) for e in prompt_embeds])
         text_BLD = self.text_embedding(text_BLD.to(self.dtype))
-        log_counts = log_counts.to(text_BLD.device)
         return [TextKeys(*block.keys_and_values(text_BLD), log_counts) for block in self.blocks]
 
     def forward(

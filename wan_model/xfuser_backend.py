@@ -54,7 +54,8 @@ def xfuser_kernel(attention: str, dims: ParallelDims, *, device: str) -> str:
     """The name, in xfuser, of a kernel of ours. Raises ValueError for one it cannot use."""
     name = attention
     if name == "auto":
-        name = resolve_backend("auto", torch.empty(0, dtype=torch.bfloat16, device=device))
+        like = torch.empty(0, dtype=torch.bfloat16, device=device)
+        name = resolve_backend("auto", like, among=KERNELS)
         if name == "flash_attn_4" and dims.ring_degree > 1:
             name = "cudnn"  # xfuser does not ask FlashAttention 4 for its log-sum-exp
     check_backends(attention=name, parallel_backend="xfuser", ring_degree=dims.ring_degree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from benchmarks.plot import decodes, draw, loading
 from benchmarks.quality import psnr_db, ssim
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SPEED = (ROOT / "README.md").read_text().split("## Speed on one H200", 1)[1].split("\n## ", 1)[0]
 
 
 def noise(seed: int, strength: float) -> np.ndarray:
@@ -73,3 +76,67 @@ def test_a_load_is_drawn_as_a_share_of_reading_the_same_source() -> None:
         "from the page cache": ["", "75 %\nof read", "50 %\nof read"],
         "to the GPU": [""],
     }
+
+
+# ------------------------------------------------------------------------- the README's tables
+
+
+def table(first_cell: str) -> list[list[str]]:
+    """The cells of each row of the README's table that begins so."""
+    lines = SPEED.split(f"| {first_cell}", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def starred(row: dict, *numbers: str) -> str:
+    """As the README writes a row's numbers: a star for those of an earlier session."""
+    return ", ".join(numbers) + (" *" if row.get("session", 2) < 2 else "")
+
+
+def test_the_readmes_forwards_are_the_stored_ones() -> None:
+    rows = {
+        (row["case"], row["precision"], row["impl"]): row for row in stored("step-h200")["rows"]
+    }
+    columns = [
+        ("fp8-attention", "ours"), ("fp8", "ours"), ("bf16", "ours"),
+        ("bf16", "diffusers-compiled"), ("bf16", "diffusers-eager"),
+    ]  # fmt: skip
+    *forwards, memory, error = table("| ours, fp8 and `attention: fp8` |")
+    for case, (_, *cells) in zip(("480p", "720p", "ti2v-704p"), forwards, strict=True):
+        made = [rows[case, *column] for column in columns]
+        assert cells[:5] == [starred(row, f"{row['seconds']:.2f} s") for row in made], case
+        ours, compiled = made[2:4]
+        same_run = ours["session"] == compiled["session"]
+        assert cells[5] == (f"{ours['seconds'] / compiled['seconds']:.2f}" if same_run else "")
+    made = [rows["480p", *column] for column in columns]
+    assert memory[1:6] == [starred(row, f"{row['peak_bytes'] / 1e9:.1f} GB") for row in made]
+    told = [float(cell.removesuffix(" %")) for cell in error[1:6]]
+    assert told[1:4] == [float(f"{100 * row['error']:.2g}") for row in made[1:4]]
+
+
+def test_the_readmes_decodes_are_the_stored_ones() -> None:
+    rows = {
+        (row["case"], row["impl"]): starred(
+            row, f"{row['seconds']:.2f} s", f"{row['peak_bytes'] / 1e9:.1f} GB"
+        )
+        for row in stored("vae-h200")["rows"]
+    }
+    for case, (_, *cells) in zip(
+        ("2.1 1280x720x81", "2.2 1280x704x121"), table("decoding a video"), strict=True
+    ):
+        assert cells == [rows[case, "ours"], rows[case, "diffusers"]]
+
+
+def test_the_readmes_jobs_are_the_stored_ones() -> None:
+    rows = stored("job-h200")["rows"]
+    order = {"bf16": 0, "fp8": 1, "fp8-attention": 2}
+    rows.sort(key=lambda row: (row["case"], order[row["precision"]]))
+    cells = table("whole jobs, models loaded")
+    assert len(cells) == len(rows)
+    for row, (name, *numbers) in zip(rows, cells, strict=True):
+        stages = row["stages"]
+        denoising = sum(seconds for stage, seconds in stages.items() if "expert" in stage)
+        told = (row["seconds"], denoising, stages["decode and mp4"])
+        assert numbers == [f"{seconds:.1f}" for seconds in told]
+        assert name.endswith("*") == (row["session"] < 2)
+        kind = {"bf16": "bf16", "fp8": "fp8", "fp8-attention": "fp8 and `attention: fp8`"}
+        assert re.search(rf"{re.escape(kind[row['precision']])}( \*)?$", name)

@@ -9,7 +9,7 @@ import attention_packages
 import pytest
 import torch
 
-from wan_model import hopper_attention
+from wan_model import hopper_attention, xfuser_backend
 from wan_model.attention import attention, attention_with_lse, check_kernel, resolve_backend
 from wan_model.backends import check_backends
 from wan_model.engine import ExpertEngine
@@ -134,3 +134,4 @@ def test_on_a_gpu_the_fastest_kernel_there_is_is_chosen(monkeypatch):
     assert resolve_backend("cudnn", like) == "cudnn"
     monkeypatch.setattr(hopper_attention, "fits", lambda q: q is like)
     assert resolve_backend("auto", like) == "hopper"
+    assert resolve_backend("auto", like, among=xfuser_backend.KERNELS) == "flash_attn_4"

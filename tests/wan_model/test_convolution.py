@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from tensor_maps import box_of, memory, tensor_map
 from torch import Tensor
 from triton_kernels import DEVICE
 
+from benchmarks.vae import CONVOLUTIONS
 from wan_model import convolution, hopper
 from wan_model.config import VAE_2_1, VAE_2_2, VAEConfig
 from wan_model.convolution import CHANNELS, COLS, ROWS, causal_conv3d
@@ -19,6 +22,7 @@ from wan_model.vae import WanVAE
 
 SHAPES = [(1, 6, 64), (1, 7, 9), (3, 3, 1), (2, 13, 70), (2, 37, 131)]  # frames, rows, columns out
 DIMS = [(96, 96), (192, 192), (32, 96), (96, 32), (256, 256), (96, 3), (256, 12), (1024, 512)]
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BFLOAT16 = 0.0042  # of the largest value: a little more than half a step
 TINY = {"latents_mean": (0.3, -0.2), "latents_std": (1.5, 0.6), "z_dim": 2, "num_res_blocks": 1}
 
@@ -133,9 +137,18 @@ def test_of_small_pictures_less_work_is_wanted(shape, num_out, least, most) -> N
     assert least <= convolution.share_wanted(shape, num_out, 132) <= most
 
 
+def test_cudnn_is_thought_as_quick_as_it_was_measured() -> None:
+    rows = json.loads((RESULTS / "vae-h200.json").read_text())["convolutions"]
+    measured = {(row["channels"], row["form"]): row["tflop_per_s"] for row in rows}
+    for name, (c, num_out, *shape) in CONVOLUTIONS.items():
+        ours = measured[name, "ours"] / convolution.share_wanted(tuple(shape), num_out, 132)
+        thought = next(speed for least, speed in convolution.CUDNN_SPEED if c >= least)
+        assert measured[name, "cudnn"] / ours < thought + 0.03, name  # runs differ by 3 %
+
+
 @pytest.mark.parametrize("n", convolution.RINGS)
 def test_the_rings_fit_into_shared_memory(n: int) -> None:
-    assert 200_000 < convolution._kernel(n).shared_bytes <= 232_448
+    assert convolution._kernel(n).shared_bytes <= 232_448
 
 
 # ------------------------------------------------------------------------------- on the card
@@ -198,4 +211,5 @@ def test_a_decode_is_as_near_to_the_precise_one_as_without_the_kernel(
     monkeypatch.setattr(convolution, "_pays", lambda *tensors: False)
     without = vae.decode_unclamped(latents)
     error, usual = ((x - expected).square().mean().sqrt() for x in (with_kernel, without))
+    # Sums in another order: as near, but for chance. bfloat16 is 1 to 3 % off, nonsense 100 %.
     assert error < 1.2 * usual < 0.1 * expected.std()

@@ -48,6 +48,7 @@ def assert_right(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> N
 # ------------------------------------------------------------------- what the kernel is told
 
 
+# A copy of what attention_bf16_hopper.cu says; that it says so is seen on a card only, below.
 def place_of_block(block: int, num_tiles: int, num_heads: int) -> tuple[int, int, bool]:
     """As in attention_bf16_hopper.cu: head, tile, and whether the block is one of a pair."""
     pairs, (cluster, rank) = num_tiles // 2, divmod(block, 2)
@@ -112,7 +113,7 @@ def as_the_kernel_does(grid, values, types) -> None:
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda":
         pytest.skip("reads the tensors where a CPU has them")
-    monkeypatch.setattr(hopper_attention, "fits", lambda q: True)
+    monkeypatch.setattr(hopper_attention, "_missing", lambda q: None)
     monkeypatch.setattr(hopper_attention, "KERNEL", SimpleNamespace(launch=as_the_kernel_does))
     monkeypatch.setattr(hopper, "tensor_map", tensor_map)
 
@@ -140,7 +141,7 @@ def test_what_tma_cannot_read_is_copied_first(on_a_cpu):
 
 
 def test_what_the_kernel_holds_fits_into_shared_memory():
-    assert 200_000 < hopper_attention.KERNEL.shared_bytes <= 232_448
+    assert hopper_attention.KERNEL.shared_bytes <= 232_448
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -152,6 +153,14 @@ def test_it_is_refused_in_a_sentence_where_there_is_no_kernel():
     with pytest.raises(ValueError, match="hopper is not known to xfuser"):
         check_backends(attention="hopper", parallel_backend="xfuser", ring_degree=1)
     check_backends(attention="hopper", parallel_backend="own", ring_degree=2)
+
+
+@pytest.mark.parametrize("wrong", ["length", "heads", "dtype"])
+def test_keys_and_values_that_do_not_fit_the_queries_are_refused(on_a_cpu, wrong):
+    q, k, v = draw(1, 20, 30, 2)
+    k = {"length": k[:, 1:], "heads": k[:, :, :1], "dtype": k.float()}[wrong]
+    with pytest.raises(ValueError, match=r"hopper needs keys and values of \[1, \d+, 2, 128\] in"):
+        hopper_attention.hopper_attention(q, k, v)
 
 
 # ---------------------------------------------------------------------------------- on the card

@@ -53,7 +53,7 @@ def unswizzled(rows):
 
 
 def attended(operands, means, num_queries, head_dim):
-    """What attention_hopper.cu makes of its operands, block after block: [B, L, H, D]."""
+    """What attention_fp8_hopper.cu makes of its operands, block after block: [B, L, H, D]."""
     q = unswizzled(operands.q).float() * operands.q_scale[..., None]
     place = torch.arange(128, device=q.device)
     key = place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
@@ -74,11 +74,11 @@ def attended(operands, means, num_queries, head_dim):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_operands_laid_out_for_the_gpu_are_the_defined_ones(monkeypatch, shape):
     use_kernels(monkeypatch, ops)
-    from wan_model import attention_kernels
+    from wan_model import quantised_attention_kernels
 
     q, k, v = tensors(*shape)
     means = ops._means(k, v)
-    made = attended(attention_kernels.lay_out(q, k, v, means), means, shape[1], shape[4])
+    made = attended(quantised_attention_kernels.lay_out(q, k, v, means), means, shape[1], shape[4])
     expected = ops._definition(q, k, v, means)
     assert relative_rms(made, expected) < 0.005  # a score at the edge of two roundings
 
@@ -96,13 +96,13 @@ def test_the_kernel_computes_what_is_defined(shape):
 def test_parts_of_one_tensor_are_laid_out_like_whole_ones(monkeypatch):
     """As the fused blocks have them: q, k and v between each other."""
     use_kernels(monkeypatch, ops)
-    from wan_model import attention_kernels
+    from wan_model import quantised_attention_kernels
 
     parts = torch.stack(tensors(1, 150, 150, 2, 32), dim=2).unbind(2)
     assert not parts[0].is_contiguous()
     means = ops._means(*parts[1:])
-    whole = attention_kernels.lay_out(*(part.contiguous() for part in parts), means)
-    made = attention_kernels.lay_out(*parts, means)
+    whole = quantised_attention_kernels.lay_out(*(part.contiguous() for part in parts), means)
+    made = quantised_attention_kernels.lay_out(*parts, means)
     for name in ("q", "q_scale", "k", "k_scale", "v"):
         got, expected = (getattr(x, name).view(torch.uint8) for x in (made, whole))
         assert torch.equal(got, expected)
@@ -124,11 +124,11 @@ def test_without_a_mean_taken_off_the_error_grows(monkeypatch, without):
 @pytest.mark.parametrize("head_dim", [130, 33])
 def test_a_head_dim_without_a_kernel_is_one_sentence(monkeypatch, head_dim):
     use_kernels(monkeypatch, ops)
-    from wan_model import attention_kernels
+    from wan_model import quantised_attention_kernels
 
     q, k, v = tensors(1, 8, 8, 1, head_dim)
     with pytest.raises(ValueError, match=f"fp8 knows an even head_dim up to 128, not {head_dim}"):
-        attention_kernels.lay_out(q, k, v, ops._means(k, v))
+        quantised_attention_kernels.lay_out(q, k, v, ops._means(k, v))
 
 
 def test_a_sequence_is_attended_to_by_it_and_a_ring_is_refused():

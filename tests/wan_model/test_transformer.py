@@ -30,8 +30,8 @@ def make(config: TransformerConfig, seed: int = 0) -> WanTransformer:
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
         std = 0.5 if "modulation" in name else (1.5 / fan_in**0.5 if fan_in > 1 else 0.2)
         if name.startswith("time_"):
-            # Diffusers computes the sinusoid in float32, we in float64 as the official code does
-            # (with float32 there the difference is exactly 0): keep its weight ordinary.
+            # Diffusers computes the sinusoid in float32, we in float64 as the official code does:
+            # keep its weight ordinary.
             std *= 0.4
         parameter.normal_(std=std, generator=generator)
         if "norm" in name and name.endswith("weight"):

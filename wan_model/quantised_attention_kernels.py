@@ -35,7 +35,7 @@ GROUPS, STAGES = 3, 4  # as in attention_fp8_hopper.cu
 CHANNELS = MAX_HEAD_DIM + 8  # of the values: the last 8 are 1 for a key that there is
 SHARED_BYTES = GROUPS * QUERIES * 128 + STAGES * (KEYS + CHANNELS) * 128 + 8 * (1 + 4 * STAGES)
 KERNEL = Kernel(
-    who="attention backend fp8", file="attention_fp8_hopper.cu", name="attention",
+    who="attention backend fp8", file="attention_fp8_hopper.cu", name="quantised_attention",
     num_threads=128 * (GROUPS + 1), shared_bytes=SHARED_BYTES,
 )  # fmt: skip
 
