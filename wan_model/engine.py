@@ -165,6 +165,7 @@ class ExpertEngine:
         num_heads = self.config.transformer.num_heads
         return XfuserSequenceParallel(self.mesh, attention, num_heads=num_heads, device=self.device)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """One step of a one-frame job of the smallest size, at both ends of guidance."""
         side = 2 * self.config.size_multiple

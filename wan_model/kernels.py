@@ -55,7 +55,7 @@ def _change(y, gate, at, cols, HAS_GATE: tl.constexpr):
     return change
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_clean"])
 def _add_norm_kernel(
     x, y1, gate1, y2, gate2, scale, shift, out, out_scale,
     num_tokens, num_clean, gate1_b, gate1_g, gate2_b, gate2_g,
@@ -99,7 +99,7 @@ def _add_norm_kernel(
     _store_row(row, out, out_scale, normed, D, CHUNK, FP8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _norm_rope_kernel(
     x, weight_q, weight_k, cos, sin, num_tokens, row_stride, eps,
     D: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,

@@ -18,7 +18,7 @@ NUM_WARPS, NUM_STAGES = 8, 2
 TILES = 16  # of ROWS tokens of one head, one after another: a short text is read once for them
 
 
-@triton.jit(do_not_specialize=["num_keys"])
+@triton.jit(do_not_specialize=["num_tokens", "num_keys"])
 def _text_attention_kernel(
     q, k, v, log_counts, out, num_tokens, num_keys,
     q_b, q_n, q_h, k_b, k_l, k_h, v_b, v_l, v_h, factor,
