@@ -76,12 +76,11 @@ def resolve_backend(backend: str, q: Tensor, *, among: Collection[str] = ATTENTI
     if backend == "auto":
         if q.device.type != "cuda" or q.dtype == torch.float32:  # the fast ones are 16 bit only
             return "sdpa"
-        there = {
-            "hopper": hopper_attention.fits(q),
-            "flash_attn_4": _first_module(_KERNELS["flash_attn_4"]) is not None,
-            "cudnn": True,
-        }
-        return next(name for name in there if there[name] and name in among)
+        if "hopper" in among and hopper_attention.fits(q):
+            return "hopper"
+        if "flash_attn_4" in among and _first_module(_KERNELS["flash_attn_4"]):
+            return "flash_attn_4"
+        return "cudnn"
     if backend not in _KERNELS:
         known = ", ".join(ATTENTION_BACKENDS)
         raise ValueError(f"unknown attention backend {backend!r}: use one of {known}")

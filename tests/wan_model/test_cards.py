@@ -13,6 +13,7 @@ from test_torchrun import FAST, ROOT
 
 from wan_model.attention import check_kernel
 from wan_model.backends import ATTENTION_BACKENDS, WITHOUT_LSE
+from wan_model.engine import ExpertEngine, VAEEngine
 from wan_model.generate import main
 from wan_model.offload import offload_blocks
 from wan_model.parallel import SequenceParallel
@@ -54,6 +55,22 @@ def test_an_offloaded_expert_is_equal_to_the_bit_when_copies_and_blocks_overlap(
     offloaded = offload_blocks(model_of(5), "cuda")
     for got, expected in zip(forwards(offloaded), forwards(whole), strict=True):
         assert torch.equal(got, expected)
+
+
+@needs_card
+@pytest.mark.parametrize("task", ["t2v-A14B", "ti2v-5B"])
+def test_engines_warm_up_on_this_card(tiny, task):
+    how = {"checkpoint": str(tiny(task)), "device": "cuda"}
+    for engine in (ExpertEngine(expert="high_noise", **how), VAEEngine(**how)):
+        engine.warm_up()
+
+
+@needs_cards
+def test_frames_of_the_second_card_have_arrived_when_they_are_given_out(tiny):
+    state = {"latents": np.random.default_rng(0).standard_normal((16, 5, 60, 60), np.float32)}
+    how = {"checkpoint": str(tiny("t2v-A14B")), "dtype": "float32"}
+    first, second = (VAEEngine(device=f"cuda:{i}", **how).decode_frames(state) for i in range(2))
+    assert np.array_equal(first, second)
 
 
 @needs_cards
