@@ -4,7 +4,7 @@ Owns the order of the operations when nothing is trained: what the layers' own `
 with every bias added by the pass that follows its convolution, and with doubling H and W turned
 into a smaller convolution of the picture as it is. Knows no chunks beyond its cache.
 
-Shapes as in `vae`; tensors are [B, C, T, H, W] views of memory laid out as [B, T, H, W, C].
+Shapes as in `vae_layers`; tensors are [B, C, T, H, W] views of memory laid out as [B, T, H, W, C].
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from wan_model.pixel_ops import add, join_phases
 
 if TYPE_CHECKING:
-    from wan_model.vae import FeatureCache, NormedConv, ResidualBlock, Upsample
+    from wan_model.vae import NormedConv
+    from wan_model.vae_layers import FeatureCache, ResidualBlock, Upsample
 
 
 def together(x_BCTHW: Tensor) -> Tensor:
