@@ -104,9 +104,13 @@ def _speed(name: str, speed: float, colour: str, note: str = "") -> Bar:
 
 
 def _seconds(row: dict, content: dict) -> str:
-    """Rows of an earlier session than the latest have a star."""
-    latest = max(each.get("session", 0) for each in content["rows"])
-    return f"{row['seconds']:.2f}{'*' if row.get('session', 0) < latest else ''}"
+    return f"{row['seconds']:.2f}{'*' if is_earlier(row, content) else ''}"
+
+
+def is_earlier(row: dict, content: dict) -> bool:
+    """Whether a row is of an earlier session than the latest, where a file holds several: such rows
+    have a star."""
+    return row.get("session", 0) < max(each.get("session", 0) for each in content["rows"])
 
 
 KINDS = (  # the fields that a benchmark's rows have and the others' have not

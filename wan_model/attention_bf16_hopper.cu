@@ -35,7 +35,8 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
 // All threads of both blocks.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Two blocks of a cluster take neighbouring tiles of queries of one head and copy each half of its
@@ -124,10 +125,11 @@ __device__ __forceinline__ bool update_highest(const float (&s)[64], float scale
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1)
-    exact_attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-              const __grid_constant__ TensorMap v_map, u16* __restrict__ out,
-              float* __restrict__ log_sum_exp, int num_queries, int num_keys, int num_heads,
-              int num_samples, float scale) {
+    exact_attention(const __grid_constant__ TensorMap q_map,
+                    const __grid_constant__ TensorMap k_map,
+                    const __grid_constant__ TensorMap v_map, u16* __restrict__ out,
+                    float* __restrict__ log_sum_exp, int num_queries, int num_keys,
+                    int num_heads, int num_samples, float scale) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 queries = address(memory), tiles = queries + GROUPS * Q_BYTES;
   const u32 q_full = tiles + TILES * TILE_BYTES, full = q_full + 8, free = full + 8 * TILES;

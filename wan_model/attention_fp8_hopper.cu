@@ -102,11 +102,11 @@ __device__ __forceinline__ void probabilities(const u32 (&s)[64], u32 (&p)[16],
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
-    quantised_attention(const u8* __restrict__ q, const u8* __restrict__ k, const u8* __restrict__ v,
-              const float* __restrict__ q_scale, const float* __restrict__ k_scale,
-              const float* __restrict__ v_scale, const float* __restrict__ v_mean,
-              u16* __restrict__ out, int num_queries, int padded_queries, int num_blocks,
-              int num_heads, int head_dim) {
+    quantised_attention(const u8* __restrict__ q, const u8* __restrict__ k,
+                        const u8* __restrict__ v, const float* __restrict__ q_scale,
+                        const float* __restrict__ k_scale, const float* __restrict__ v_scale,
+                        const float* __restrict__ v_mean, u16* __restrict__ out, int num_queries,
+                        int padded_queries, int num_blocks, int num_heads, int head_dim) {
   extern __shared__ __align__(1024) u8 memory[];
   u8* const keys = memory + GROUPS * Q_BYTES;
   u8* const values = keys + STAGES * K_BYTES;

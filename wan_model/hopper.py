@@ -1,7 +1,7 @@
 """CUDA C++ kernels for Hopper GPUs: compiled by NVRTC once a process, loaded once a device.
 
-Owns all that goes through cuda-bindings, which is imported at the first launch, so that callers can
-be imported without it; what the kernels share is `hopper.cuh`. Knows nothing about what they
+Owns all that goes through cuda-bindings, which is imported when it is first needed, so that callers
+can be imported without it; what the kernels share is `hopper.cuh`. Knows nothing about what they
 compute.
 """
 
