@@ -23,7 +23,7 @@ from wan_model.text_attention import TextKeys, text_attention
 
 VARIANTS = ((1024, 8, 4), (1024, 4, 2), (512, 8, 8), (512, 4, 4), (512, 2, 2))
 """(piece, warps of the norms, warps of quantising); the first is what is used."""
-TEXT_VARIANTS = ((128, 8, 2, 16), (128, 8, 2, 4), (64, 4, 2, 16), (64, 4, 2, 8), (64, 8, 3, 8))
+TEXT_VARIANTS = ((64, 4, 2, 16), (64, 4, 2, 8), (64, 4, 1, 8), (128, 8, 3, 16), (128, 8, 2, 16))
 """(rows, warps, stages, tiles) of the attention to the text; the first is what is used."""
 
 

@@ -1,5 +1,5 @@
 // The quantised attention on Hopper (sm_90a), of operands that quantised_attention_kernels.py lays
-// out.
+// out; shapes: see there.
 //
 // Three groups of four warps share the keys and values that a fourth group copies into shared
 // memory: one read of them serves 192 queries. While one group takes its exponentials the others
@@ -10,7 +10,8 @@
 //   of the values are in another order, in each 16, so that no thread needs another's;
 //   out += p v. The values have 8 more channels, 1 for every key there is: the sum of p comes with
 //   the product. It is added up in float32, block after block: the fp8 products keep about 14 bits.
-// Sums are multiplied only when a warp has found a higher score. Shapes: see there.
+// The products with the values begin when a quarter of a block's probabilities are there. Sums are
+// multiplied only when a warp has found a score that lies SLACK above the highest.
 
 #include "hopper.cuh"
 
@@ -22,6 +23,7 @@ constexpr int V_BYTES = 136 * 128;
 constexpr u32 MAGIC = 0x4B400000;
 constexpr float MAGIC_FLOAT = 12582912.0f;
 constexpr float PROBABILITY_BITS = 8.0f;
+constexpr float SLACK = 0.75f;
 
 // A copy whose end `barrier` notes.
 __device__ __forceinline__ void copy(u32 to, const u8* from, u32 bytes, u32 barrier) {
@@ -59,18 +61,21 @@ __device__ __forceinline__ void add_values(float (&o)[68], const u32* p, u64 v) 
 __device__ __forceinline__ void hold(u32 (&s)[64]) {
   asm volatile("" : OPERANDS_64("+r", s)::"memory");
 }
+__device__ __forceinline__ void hold(u32 (&p)[16]) {
+  asm volatile("" : OPERANDS_16("+r", p, 0)::"memory");
+}
 __device__ __forceinline__ void hold(float (&o)[68]) {
   asm volatile("" : OPERANDS_68("+f", o)::"memory");
 }
 
 // ------------------------------------------------------------------------------------ a block
 
-// Of a thread's two rows (accumulators 4 j, 4 j + 1 and 4 j + 2, 4 j + 3): scores -> p. Updates
-// the highest score of each row and returns, in `fell`, by how much it lies above the last one.
-__device__ __forceinline__ void probabilities(const u32 (&s)[64], u32 (&p)[16],
-                                              const float (&scale)[2], float (&highest)[2],
-                                              float (&fell)[2]) {
-  float minus_offset[2];
+// Of a thread's two rows (accumulators 4 j, 4 j + 1 and 4 j + 2, 4 j + 3): updates the highest
+// score of each, once one lies SLACK above it, and returns, in `fell`, how much lower the last one
+// was.
+__device__ __forceinline__ void find_highest(const u32 (&s)[64], const float (&scale)[2],
+                                             float (&highest)[2], float (&fell)[2],
+                                             float (&minus_offset)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float most = __uint_as_float(s[2 * r]);
@@ -81,24 +86,28 @@ __device__ __forceinline__ void probabilities(const u32 (&s)[64], u32 (&p)[16],
     }
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    float now = fmaxf(highest[r], (most - MAGIC_FLOAT) * scale[r]);
+    const float found = (most - MAGIC_FLOAT) * scale[r];
+    const float now = found > highest[r] + SLACK ? found : highest[r];
     fell[r] = highest[r] - now;
     highest[r] = now;
     minus_offset[r] = -fmaf(MAGIC_FLOAT, scale[r], now - PROBABILITY_BITS);
   }
+}
+
+// Of 32 keys, the k-th of a block: scores -> p.
+__device__ __forceinline__ void probabilities(const u32 (&s)[64], u32 (&p)[16], int k,
+                                              const float (&scale)[2],
+                                              const float (&minus_offset)[2]) {
+  float e[16];
 #pragma unroll
-  for (int k = 0; k < 4; k++) {
-    float e[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      int r = i / 2 % 2;
-      e[i] = exp2_of(fmaf(__uint_as_float(s[16 * k + i]), scale[r], minus_offset[r]));
-    }
-    p[4 * k] = to_fp8(e[0], e[1], e[4], e[5]);
-    p[4 * k + 1] = to_fp8(e[2], e[3], e[6], e[7]);
-    p[4 * k + 2] = to_fp8(e[8], e[9], e[12], e[13]);
-    p[4 * k + 3] = to_fp8(e[10], e[11], e[14], e[15]);
+  for (int i = 0; i < 16; i++) {
+    int r = i / 2 % 2;
+    e[i] = exp2_of(fmaf(__uint_as_float(s[16 * k + i]), scale[r], minus_offset[r]));
   }
+  p[4 * k] = to_fp8(e[0], e[1], e[4], e[5]);
+  p[4 * k + 1] = to_fp8(e[2], e[3], e[6], e[7]);
+  p[4 * k + 2] = to_fp8(e[8], e[9], e[12], e[13]);
+  p[4 * k + 3] = to_fp8(e[10], e[11], e[14], e[15]);
 }
 
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
@@ -182,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
       hold(s);
       if (lane == 0) barrier_arrive(k_free + 8 * stage);
 
-      float fell[2];
-      probabilities(s, p, scale, highest, fell);
+      float fell[2], minus_offset[2];
+      find_highest(s, scale, highest, fell, minus_offset);
       if (__any_sync(~0u, fell[0] != 0.0f || fell[1] != 0.0f)) {
         const float shrink[2] = {exp2_of(fell[0]), exp2_of(fell[1])};
         total[0] *= shrink[0];
@@ -192,14 +201,19 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         for (int j = 0; j < 64; j++) o[j] *= shrink[j / 2 % 2];
       }
 
+      // The products of 32 keys are under way while the next probabilities are computed.
+      probabilities(s, p, 0, scale, minus_offset);
       barrier_wait(v_full + 8 * stage, parity);
-      begin_products();
       hold(o);
 #pragma unroll
-      for (int j = 0; j < 4; j++)
+      for (int j = 0; j < 4; j++) {
+        if (j > 0) probabilities(s, p, j, scale, minus_offset);
+        begin_products();
         add_values(o, p + 4 * j, v_at + stage * (V_BYTES / 16) + 2 * j);
-      commit_products();
+        commit_products();
+      }
       wait_for_products();
+      hold(p);
       hold(o);
       if (lane == 0) barrier_arrive(v_free + 8 * stage);
       total[0] += o[64];
