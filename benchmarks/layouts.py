@@ -7,6 +7,7 @@ through HTTP, and the kill of one of its groups. The figures are trace.py's.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -35,9 +36,9 @@ FEW_STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`high` and `low` groups of `ulysses_degree` GPUs. With `shared`, an expert takes half of a
-    GPU, so that both lie on every one: a job's experts then never work at the same time, and at
-    most as many jobs are under way as there are pairs."""
+    """`high` and `low` groups of `ulysses_degree` GPUs. With `shared`, both experts lie on every
+    GPU: a job's experts then never work at the same time, and at most as many jobs are under way as
+    there are pairs."""
 
     name: str
     high: int
@@ -49,6 +50,13 @@ class Layout:
     def num_gpus(self) -> int:
         groups = max(self.high, self.low) if self.shared else self.high + self.low
         return groups * self.ulysses_degree
+
+    @property
+    def gpus_as_ray_counts_them(self) -> list[int]:
+        """Where experts share them, each GPU three times over: for one expert, for the other and
+        for what lies beside. A rank asks for a whole GPU, so that a group's ranks never lie on one,
+        as fractions would; neighbours in this list are what a group is given."""
+        return list(range(self.num_gpus)) * (3 if self.shared else 1)
 
 
 def layouts(num_gpus: int) -> list[Layout]:
@@ -77,7 +85,7 @@ def serve_config(layout: Layout, checkpoint: Path, *, on_cpu: bool) -> dict[str,
         degree = {"ulysses_degree": layout.ulysses_degree} if layout.ulysses_degree > 1 else {}
         jobs = 1 if layout.shared else 2
         return stage(
-            0.4 if layout.shared else 0.8, num_replicas=num_groups, max_active_jobs=jobs, **degree
+            1 if layout.shared else 0.8, num_replicas=num_groups, max_active_jobs=jobs, **degree
         )
 
     args = {
@@ -108,9 +116,13 @@ def running(
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(serve_config(layout, checkpoint, on_cpu=on_cpu)))
-    os.environ["WAN_DATA_DIR"] = str(folder / "data")
+    environ = os.environ | {"WAN_DATA_DIR": str(folder / "data")}
+    if layout.shared and not on_cpu:
+        gpus = layout.gpus_as_ray_counts_them
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"GPU": len(gpus)})
     started = time.monotonic()
-    with demo.service(config, folder / "serve.log"):
+    with demo.service(config, folder / "serve.log", environ):
         yield {"start_s": time.monotonic() - started}
 
 

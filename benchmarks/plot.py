@@ -56,7 +56,7 @@ def forwards(content: dict) -> tuple[str, Panels]:
                         name=f"{impl.replace('-', chr(10))}\n{precision}",
                         height=row["seconds"],
                         colour=colour,
-                        label=_seconds(row, content),
+                        label=f"{row['seconds']:.2f}",
                         line=row.get("floor_s") if impl == "ours" else None,
                     )
                 )
@@ -76,7 +76,7 @@ def decodes(content: dict) -> tuple[str, Panels]:
                 name="\n".join([row["impl"], *how, row["dtype"].replace("bfloat", "bf")]),
                 height=row["seconds"],
                 colour=OURS if is_ours else OTHER,
-                label=_seconds(row, content),
+                label=f"{row['seconds']:.2f}",
                 note=f"{row['peak_bytes'] / 1e9:.1f}\nGB",
             )
         )
@@ -101,16 +101,6 @@ def loading(content: dict) -> tuple[str, Panels]:
 
 def _speed(name: str, speed: float, colour: str, note: str = "") -> Bar:
     return Bar(name=name, height=speed, colour=colour, label=f"{speed:.3g}", note=note)
-
-
-def _seconds(row: dict, content: dict) -> str:
-    return f"{row['seconds']:.2f}{'*' if is_earlier(row, content) else ''}"
-
-
-def is_earlier(row: dict, content: dict) -> bool:
-    """Whether a row is of an earlier session than the latest, where a file holds several: such rows
-    have a star."""
-    return row.get("session", 0) < max(each.get("session", 0) for each in content["rows"])
 
 
 KINDS = (  # the fields that a benchmark's rows have and the others' have not

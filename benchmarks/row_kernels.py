@@ -23,8 +23,6 @@ from wan_model.text_attention import TextKeys, text_attention
 
 VARIANTS = ((1024, 8, 4), (1024, 4, 2), (512, 8, 8), (512, 4, 4), (512, 2, 2))
 """(piece, warps of the norms, warps of quantising); the first is what is used."""
-TEXT_VARIANTS = ((64, 4, 2, 16), (64, 4, 2, 8), (64, 4, 1, 8), (128, 8, 3, 16), (128, 8, 2, 16))
-"""(rows, warps, stages, tiles) of the attention to the text; the first is what is used."""
 
 
 class Bench:
@@ -86,24 +84,19 @@ class Bench:
         run = lambda: row_ops.quantise_rows(y)  # noqa: E731
         self.note("quantise", run, 1.5 * y.nbytes, compare(run))
 
-    def text(self, rows: int, warps: int, stages: int, tiles: int) -> None:
-        """A prompt of 120 tokens and its padding."""
-        text_kernels.ROWS, text_kernels.TILES = rows, tiles
-        text_kernels.NUM_WARPS, text_kernels.NUM_STAGES = warps, stages
+    def text(self) -> None:
+        """A prompt of 120 tokens and its padding: as a block has it, and by the Triton kernel."""
         heads, num_keys = (self.dim // self.head, self.head), 121
         q = self.draw(1, self.rows, *heads, dtype=torch.bfloat16)
         k, v = (self.draw(1, num_keys, *heads, dtype=torch.bfloat16) for _ in range(2))
         keys = TextKeys(k, v, torch.ones(1, num_keys, device=self.device))
         # The definition is a library's kernel there, in float32.
         exact = text_attention(q.float(), TextKeys(k.float(), v.float(), keys.log_counts))
-        run = lambda: text_attention(q, keys)  # noqa: E731
-        error = relative(run().float(), exact)
-        self.note(
-            f"text, {rows} rows, {warps} warps, {stages} stages, {tiles} tiles",
-            run,
-            2 * q.nbytes,
-            error,
-        )
+        runs = {"text": lambda: text_attention(q, keys)}
+        if self.device.startswith("cuda"):
+            runs["text by Triton"] = lambda: text_kernels.text_attention(q, *keys)
+        for name, run in runs.items():
+            self.note(name, run, 2 * q.nbytes, relative(run().float(), exact))
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -116,8 +109,7 @@ class Bench:
                 self.record.case(f"add_norm {dtype} {chunk} {warps}", run, limit_s=30)
             self.record.case(f"norm_rope {chunk} {warps}", self.norm_rope, limit_s=30)
             self.record.case(f"quantise {chunk} {warps}", self.quantise, limit_s=30)
-        for variant in TEXT_VARIANTS[: self.num_variants]:
-            self.record.case(f"text {variant}", partial(self.text, *variant), limit_s=30)
+        self.record.case("text", self.text, limit_s=30)
 
 
 def compare(run: Callable[[], row_ops.Rows]) -> float:

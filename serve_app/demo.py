@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -37,8 +37,9 @@ class DemoFailed(Exception):
 
 
 @contextlib.contextmanager
-def service(config: Path, log: Path) -> Iterator[None]:
-    """A running `serve run`, ready; stopped at the end, with everything it started."""
+def service(config: Path, log: Path, environ: Mapping[str, str] | None = None) -> Iterator[None]:
+    """A running `serve run`, ready; stopped at the end, with everything it started. None for
+    `environ` is this process's environment."""
     with socket.socket() as probe:
         if probe.connect_ex((HOST, PORT)) == 0:
             raise DemoFailed(f"port {PORT} is taken: stop what listens there (`make serve`?)")
@@ -47,7 +48,7 @@ def service(config: Path, log: Path) -> Iterator[None]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=heed_sigint,
+            preexec_fn=heed_sigint, env=environ,
         )  # fmt: skip
         try:
             _wait_until_ready(process, log)

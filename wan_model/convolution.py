@@ -98,7 +98,7 @@ def _pays(x_BCTHW: Tensor, weight_OCKKK: Tensor, padding_h: int) -> bool:
     _, c, t, h, w = x_BCTHW.shape
     shape = (t - 2, h - 2 + 2 * padding_h, w)
     cudnn_speed = next(speed for least, speed in CUDNN_SPEED if c >= least)
-    share = share_wanted(shape, weight_OCKKK.shape[0], _num_processors(x_BCTHW.device))
+    share = share_wanted(shape, weight_OCKKK.shape[0], hopper.num_processors(x_BCTHW.device.index))
     return share > cudnn_speed
 
 
@@ -136,7 +136,7 @@ def _launch(
     pointers = (0 if bias_O is None else bias_O.data_ptr(), out_THWO.data_ptr())
     numbers = (num_tiles, num_blocks, c // CHANNELS, num_frames, h, w, num_out, padding_h)
     _kernel(n).launch(
-        (min(num_tiles, _num_processors(x_THWC.device)), 1),
+        (min(num_tiles, hopper.num_processors(x_THWC.device.index)), 1),
         (x_map, weight_map, *pointers, *numbers),
         (None, None, *[ctypes.c_void_p] * len(pointers), *[ctypes.c_int] * len(numbers)),
     )
@@ -152,8 +152,3 @@ def _kernel(n: int) -> hopper.Kernel:
         shared_bytes=num_patches * patch_bytes + num_weights * weight_bytes + barriers,
         macros=(("N", n), ("PATCHES", num_patches), ("WEIGHTS", num_weights)),
     )  # fmt: skip
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -69,22 +69,6 @@ __device__ __forceinline__ float to_float(u16 bf16) {
   return __uint_as_float((u32)bf16 << 16);
 }
 
-// Among 4 lanes: lane i gets, in v[j], what lane j had in v[i].
-__device__ __forceinline__ void transpose(u32 (&v)[4], int lane) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const u32 got = __shfl_xor_sync(~0u, lane & 1 ? v[i] : v[i + 1], 1);
-    if (lane & 1) v[i] = got;
-    else v[i + 1] = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const u32 got = __shfl_xor_sync(~0u, lane & 2 ? v[i] : v[i + 2], 2);
-    if (lane & 2) v[i] = got;
-    else v[i + 2] = got;
-  }
-}
-
 // ------------------------------------------------------------------------------------- tiles
 
 struct Tile {

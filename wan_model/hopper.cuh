@@ -82,6 +82,22 @@ __device__ __forceinline__ u32 to_bf16(float a, float b) {
   return both;
 }
 
+// Among 4 lanes: lane i gets, in v[j], what lane j had in v[i].
+__device__ __forceinline__ void transpose(u32 (&v)[4], int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const u32 got = __shfl_xor_sync(~0u, lane & 1 ? v[i] : v[i + 1], 1);
+    if (lane & 1) v[i] = got;
+    else v[i + 1] = got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 got = __shfl_xor_sync(~0u, lane & 2 ? v[i] : v[i + 2], 2);
+    if (lane & 2) v[i] = got;
+    else v[i + 2] = got;
+  }
+}
+
 #define OPERANDS_4(kind, x, i) kind(x[i]), kind(x[i + 1]), kind(x[i + 2]), kind(x[i + 3])
 #define OPERANDS_8(kind, x, i) OPERANDS_4(kind, x, i), OPERANDS_4(kind, x, i + 4)
 #define OPERANDS_16(kind, x, i) OPERANDS_8(kind, x, i), OPERANDS_8(kind, x, i + 8)

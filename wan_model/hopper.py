@@ -1,8 +1,8 @@
 """CUDA C++ kernels for Hopper GPUs: compiled by NVRTC once a process, loaded once a device.
 
 Owns all that goes through cuda-bindings, which is imported when it is first needed, so that callers
-can be imported without it; what the kernels share is `hopper.cuh`. Knows nothing about what they
-compute.
+can be imported without it; what the kernels share is in the `.cuh` files. Knows nothing about what
+they compute.
 """
 
 from __future__ import annotations
@@ -93,6 +93,11 @@ def is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def num_processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def checked(who: str, result: tuple) -> Any:
     """What a call of the CUDA bindings returned after its error code. RuntimeError for an error."""
     error, *values = result
@@ -129,11 +134,15 @@ def compiled(kernel: Kernel) -> bytes:
     from cuda.bindings import nvrtc
 
     who, here = kernel.who, Path(__file__).parent
-    source, header = ((here / name).read_bytes() for name in (kernel.file, "hopper.cuh"))
+    headers = sorted(here.glob("*.cuh"))
     program = checked(
         who,
-        nvrtc.nvrtcCreateProgram(source, kernel.file.encode(), 1, [header], [b"hopper.cuh"]),
-    )
+        nvrtc.nvrtcCreateProgram(
+            (here / kernel.file).read_bytes(), kernel.file.encode(), len(headers),
+            [header.read_bytes() for header in headers],
+            [header.name.encode() for header in headers],
+        ),
+    )  # fmt: skip
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
     options += [f"-D{name}={value}".encode() for name, value in kernel.macros]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -1,7 +1,8 @@
-"""Exact attention on a Hopper GPU by our own kernel, `attention_bf16_hopper.cu`.
+"""Exact attention on a Hopper GPU by our own kernels: to a video's own tokens, which are many
+(`attention_bf16_hopper.cu`), and to its text's, which are few (`text_attention_hopper.cu`).
 
-Owns the operands it is given: tensor maps of q, k and v as they lie, of whatever they are parts.
-The kernel is loaded and launched by `hopper`. Knows nothing about other kernels.
+Owns the operands they are given: tensor maps of q, k and v as they lie, of whatever they are parts.
+The kernels are loaded and launched by `hopper`. Knows nothing about others.
 
 Shapes: B batch, L queries, S keys, H heads; a head_dim of 128.
 """
@@ -9,6 +10,7 @@ Shapes: B batch, L queries, S keys, H heads; a head_dim of 128.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -28,8 +30,25 @@ KERNEL = hopper.Kernel(
 )  # fmt: skip
 
 
+MAX_TEXT_KEYS = 256
+SLOTS = {1: 9, 2: 5}  # tiles of 64 queries in flight, by blocks of 128 keys of a text
+
+
+@functools.cache
+def text_kernel(num_blocks: int) -> hopper.Kernel:
+    """That of a text of at most `num_blocks` times 128 keys."""
+    slots = SLOTS[num_blocks]
+    return hopper.Kernel(
+        who="attention to the text", file="text_attention_hopper.cu", name="text_attention",
+        num_threads=512,
+        shared_bytes=2 * HEAD_DIM * (2 * 128 * num_blocks + 64 * slots)
+        + 4 * 128 * num_blocks + 8 * (1 + 2 * slots),
+        macros=(("BLOCKS", num_blocks), ("SLOTS", slots)),
+    )  # fmt: skip
+
+
 def fits(q: Tensor) -> bool:
-    """Whether there is a kernel for tensors like `q`, on its device."""
+    """Whether there are kernels for tensors like `q`, on its device."""
     return _missing(q) is None
 
 
@@ -71,19 +90,49 @@ def _launch(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lse_BLH: Tensor | No
             f" {k_BSHD.dtype} and {list(v_BSHD.shape)} in {v_BSHD.dtype}"
         )
     out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q_BLHD.device)
-    q, k, v = (_mappable(x) for x in (q_BLHD, k_BSHD, v_BSHD))
     pointers = (out.data_ptr(), 0 if lse_BLH is None else lse_BLH.data_ptr())
-    numbers = (num_queries, k.shape[1], h, b)
-    with torch.cuda.device_of(q):
-        KERNEL.launch(
-            _grid(-(-num_queries // QUERIES), b * h),
-            (*(_map(x) for x in (q, k, v)), *pointers, *numbers, math.log2(math.e) / math.sqrt(d)),
-            (None,) * 3
-            + (ctypes.c_void_p,) * len(pointers)
-            + (ctypes.c_int,) * len(numbers)
-            + (ctypes.c_float,),
-        )
+    grid, numbers = _grid(-(-num_queries // QUERIES), b * h), (num_queries, keys[1], h, b)
+    _run(KERNEL, grid, (q_BLHD, k_BSHD, v_BSHD), pointers, numbers)
     return out
+
+
+def fits_text(q: Tensor, num_keys: int) -> bool:
+    """Whether `text_attention` is there for so many keys."""
+    return fits(q) and num_keys <= MAX_TEXT_KEYS
+
+
+def text_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, log_counts_BS: Tensor) -> Tensor:
+    """`text_attention.text_attention`, where it `fits_text`."""
+    b, num_queries, h, d = q_BLHD.shape
+    num_keys = k_BSHD.shape[1]
+    out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q_BLHD.device)
+    log_counts = log_counts_BS.contiguous()
+    # As many blocks for each head's tiles as all have a multiprocessor.
+    num_processors = hopper.num_processors(q_BLHD.device.index)
+    num_shares = max(1, min(-(-num_queries // 64), num_processors // (b * h)))
+    grid, numbers = (b * h * num_shares, 1), (num_queries, num_keys, h, num_shares)
+    pointers = (log_counts.data_ptr(), out.data_ptr())
+    _run(text_kernel(-(-num_keys // 128)), grid, (q_BLHD, k_BSHD, v_BSHD), pointers, numbers)
+    return out
+
+
+def _run(
+    kernel: hopper.Kernel,
+    grid: tuple[int, int],
+    qkv: tuple[Tensor, Tensor, Tensor],
+    pointers: tuple[int, ...],
+    numbers: tuple[int, ...],
+) -> None:
+    """All our kernels' arguments: three maps, pointers, integers, the scores' scale in log2."""
+    qkv = tuple(_mappable(x) for x in qkv)
+    scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
+    types = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(numbers)
+    with torch.cuda.device_of(qkv[0]):
+        kernel.launch(
+            grid,
+            (*map(_map, qkv), *pointers, *numbers, scale),
+            (None, None, None, *types, ctypes.c_float),
+        )
 
 
 def _grid(num_tiles: int, num_heads: int) -> tuple[int, int]:

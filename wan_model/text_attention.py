@@ -1,10 +1,10 @@
 """Attention of a video's tokens to its prompt.
 
-Owns the definition, in PyTorch, and the choice of its Triton kernel on a CUDA device. A prompt is
-padded to text_len with zero rows that are attended to, as the model was trained; all of them have
-the same key and the same value, so a few rows stand for all, each counted as often as needed: a
-score more by log(count). Exact, and with 120 tokens a quarter of the keys. Every rank holds the
-whole text: no exchange.
+Owns the definition, in PyTorch, and the choice of its kernel on a CUDA device: our own on Hopper,
+else Triton's. A prompt is padded to text_len with zero rows that are attended to, as the model was
+trained; all of them have the same key and the same value, so a few rows stand for all, each counted
+as often as needed: a score more by log(count). Exact, and with 120 tokens a quarter of the keys.
+Every rank holds the whole text: no exchange.
 
 Shapes: B batch, N tokens of this rank, L text rows, H heads, D head_dim.
 """
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan_model import hopper_attention
 from wan_model.config import TransformerConfig
 from wan_model.row_ops import has_triton
 
@@ -35,6 +36,8 @@ class TextKeys(NamedTuple):
 def text_attention(q_BNHD: Tensor, text: TextKeys) -> Tensor:
     """softmax(q k^T / sqrt(D) + log_counts) v -> [B, N, H, D] in q's dtype."""
     if _uses_kernels(q_BNHD):
+        if hopper_attention.fits_text(q_BNHD, text.k.shape[1]):
+            return hopper_attention.text_attention(q_BNHD, *text)
         from wan_model import text_kernels
 
         return text_kernels.text_attention(q_BNHD, *text)

@@ -7,6 +7,8 @@ import pytest
 from benchmarks.headline import Headline
 from benchmarks.layouts import layouts, recovery, serve_config
 from benchmarks.trace import JobTrace, Span
+from serve_app import stages
+from serve_app.app import group_spec
 from serve_app.config import ServiceConfig
 from wan_model.config import T2V_A14B
 
@@ -17,11 +19,19 @@ def test_every_layout_is_a_service_that_fits_the_node(num_gpus):
         assert layout.num_gpus == num_gpus
         args = serve_config(layout, Path("x"), on_cpu=False)["applications"][0]["args"]
         service = ServiceConfig.model_validate(args).resolve({"t2v": T2V_A14B}, environ={})
-        assert service.max_gpus <= num_gpus
+        assert service.max_gpus <= len(layout.gpus_as_ray_counts_them)
         experts = service.experts.values()
+        for groups in experts:  # which refuses fractions of a GPU for several ranks
+            assert group_spec(stages.Expert, groups, "wan_model.engine").num_workers <= num_gpus
         assert sum(e.max_replicas * e.num_workers for e in experts) == (
             2 * num_gpus if layout.shared else num_gpus
         )
+
+
+def test_experts_that_share_gpus_find_each_one_three_times():
+    shared = layouts(2)[2]
+    assert shared.name == "one group" and shared.gpus_as_ray_counts_them == [0, 1, 0, 1, 0, 1]
+    assert layouts(2)[0].gpus_as_ray_counts_them == [0, 1]
 
 
 def test_the_splits_of_eight_are_those_of_the_plan():

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.plot import decodes, draw, is_earlier, loading
+from benchmarks.plot import decodes, draw, loading
 from benchmarks.quality import psnr_db, ssim
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-SPEED = (ROOT / "README.md").read_text().split("## Speed on one H200", 1)[1].split("\n## ", 1)[0]
+SPEED = (ROOT / "README.md").read_text().split("## Speed on one H200", 1)[1]
 
 
 def noise(seed: int, strength: float) -> np.ndarray:
@@ -87,14 +86,9 @@ def table(first_cell: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def starred(content: dict, row: dict, *numbers: str) -> str:
-    """As the README writes a row's numbers."""
-    return ", ".join(numbers) + (" *" if is_earlier(row, content) else "")
-
-
 def test_the_readmes_forwards_are_the_stored_ones() -> None:
-    content = stored("step-h200")
-    rows = {(row["case"], row["precision"], row["impl"]): row for row in content["rows"]}
+    stored_rows = stored("step-h200")["rows"]
+    rows = {(row["case"], row["precision"], row["impl"]): row for row in stored_rows}
     columns = [
         ("fp8-attention", "ours"), ("fp8", "ours"), ("bf16", "ours"),
         ("bf16", "diffusers-compiled"), ("bf16", "diffusers-eager"),
@@ -102,25 +96,19 @@ def test_the_readmes_forwards_are_the_stored_ones() -> None:
     *forwards, memory, error = table("| ours, fp8 and `attention: fp8` |")
     for case, (_, *cells) in zip(("480p", "720p", "ti2v-704p"), forwards, strict=True):
         made = [rows[case, *column] for column in columns]
-        assert cells[:5] == [starred(content, row, f"{row['seconds']:.2f} s") for row in made], case
+        assert cells[:5] == [f"{row['seconds']:.2f} s" for row in made], case
         ours, compiled = made[2:4]
-        same_run = is_earlier(ours, content) == is_earlier(compiled, content)
-        assert cells[5] == (f"{ours['seconds'] / compiled['seconds']:.2f}" if same_run else "")
+        assert cells[5] == f"{ours['seconds'] / compiled['seconds']:.2f}"
     made = [rows["480p", *column] for column in columns]
-    assert memory[1:6] == [
-        starred(content, row, f"{row['peak_bytes'] / 1e9:.1f} GB") for row in made
-    ]
+    assert memory[1:6] == [f"{row['peak_bytes'] / 1e9:.1f} GB" for row in made]
     told = [float(cell.removesuffix(" %")) for cell in error[1:6]]
     assert told[1:4] == [float(f"{100 * row['error']:.2g}") for row in made[1:4]]
 
 
 def test_the_readmes_decodes_are_the_stored_ones() -> None:
-    content = stored("vae-h200")
     rows = {
-        (row["case"], row["impl"]): starred(
-            content, row, f"{row['seconds']:.2f} s", f"{row['peak_bytes'] / 1e9:.1f} GB"
-        )
-        for row in reversed(content["rows"])  # the first of a case and implementation
+        (row["case"], row["impl"]): f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.1f} GB"
+        for row in reversed(stored("vae-h200")["rows"])  # the first of a case and implementation
     }
     for case, (_, *cells) in zip(
         ("2.1 1280x720x81", "2.2 1280x704x121"), table("decoding a video"), strict=True
@@ -129,9 +117,10 @@ def test_the_readmes_decodes_are_the_stored_ones() -> None:
 
 
 def test_the_readmes_jobs_are_the_stored_ones() -> None:
-    content = stored("job-h200")
     order = {"bf16": 0, "fp8": 1, "fp8-attention": 2}
-    rows = sorted(content["rows"], key=lambda row: (row["case"], order[row["precision"]]))
+    rows = sorted(
+        stored("job-h200")["rows"], key=lambda row: (row["case"], order[row["precision"]])
+    )
     cells = table("whole jobs, models loaded")
     assert len(cells) == len(rows)
     for row, (name, *numbers) in zip(rows, cells, strict=True):
@@ -139,6 +128,22 @@ def test_the_readmes_jobs_are_the_stored_ones() -> None:
         denoising = sum(seconds for stage, seconds in stages.items() if "expert" in stage)
         told = (row["seconds"], denoising, stages["decode and mp4"])
         assert numbers == [f"{seconds:.1f}" for seconds in told]
-        assert name.endswith("*") == is_earlier(row, content)
         kind = {"bf16": "bf16", "fp8": "fp8", "fp8-attention": "fp8 and `attention: fp8`"}
-        assert re.search(rf"{re.escape(kind[row['precision']])}( \*)?$", name)
+        assert name.endswith(kind[row["precision"]])
+
+
+def test_the_readmes_scaling_is_the_stored_one() -> None:
+    rows = {(row["impl"], row["way"]): row for row in stored("parallel-h200x2")["rows"]}
+    expected = []
+    for impl, way in (
+        ("ours", "ulysses"),
+        ("ours", "ring"),
+        ("ours", "cfg"),
+        ("diffusers", "ulysses"),
+    ):
+        alone, both = rows[impl, "one GPU"]["seconds"] * (1 + (way == "cfg")), rows[impl, way]
+        error = f"{100 * both['relative_rms_error']:.2g}".removesuffix(".0")
+        scaling = f"{100 * both['scaling']:.1f} %"
+        expected.append([f"{alone:.2f} s", f"{both['seconds']:.2f} s", scaling, error])
+    told = [row[1:] for row in table("| one GPU | two GPUs |")]
+    assert [[*row[:3], row[3].removesuffix(" %")] for row in told] == expected

@@ -109,7 +109,7 @@ def test_maps_boxes_and_tiles_cover_the_convolution(
 ) -> None:
     monkeypatch.setattr(convolution, "_fits", lambda *tensors: True)
     monkeypatch.setattr(convolution, "_pays", lambda *tensors: True)
-    monkeypatch.setattr(convolution, "_num_processors", lambda device: 5)
+    monkeypatch.setattr(hopper, "num_processors", lambda device: 5)
     monkeypatch.setattr(
         convolution, "_kernel", lambda n: SimpleNamespace(launch=as_the_kernel_does)
     )

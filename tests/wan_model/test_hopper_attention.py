@@ -1,4 +1,4 @@
-"""Our exact attention on Hopper: what its kernel is told, which blocks take what, its numbers."""
+"""Our exact attentions on Hopper: what their kernels are told, which blocks take what, numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from triton_kernels import DEVICE
 from wan_model import hopper, hopper_attention
 from wan_model.attention import check_kernel
 from wan_model.backends import check_backends
-from wan_model.hopper_attention import HEAD_DIM, QUERIES
+from wan_model.hopper_attention import BOX, HEAD_DIM, MAX_TEXT_KEYS, QUERIES
 
 SHAPES = [  # B, L, S, H
     (1, 192, 128, 1), (1, 160, 160, 2), (2, 70, 300, 3), (1, 600, 65, 3), (2, 385, 1000, 2),
 ]  # fmt: skip
+TEXT_SHAPES = [(1, 200, 1, 2), (2, 70, 121, 3), (1, 600, 130, 2), (1, 64, 256, 7)]
 BFLOAT16 = 2 * 2**-8  # of the largest value: twice half a step, probabilities' and the output's
 
 needs_kernel = pytest.mark.skipif(
@@ -34,15 +35,31 @@ def draw(b: int, num_queries: int, num_keys: int, h: int) -> list[Tensor]:
     return [x.to(DEVICE, torch.bfloat16) for x in (3 * q, k, v)]
 
 
-def exactly(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def draw_text(*shape: int) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and the keys' log_counts."""
+    q, k, v = draw(*shape)
+    return [q, k, v], 3 * torch.rand(k.shape[:2], generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
+
+
+def exactly(
+    q: Tensor, k: Tensor, v: Tensor, log_counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("blhd,bshd->blhs", q.double(), k.double()) * HEAD_DIM**-0.5
+    if log_counts is not None:
+        scores += log_counts.double()[:, None, None]
     return torch.einsum("blhs,bshd->blhd", scores.softmax(-1), v.double()), scores.logsumexp(-1)
 
 
 def assert_right(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     expected, expected_lse = exactly(q, k, v)
-    assert (out - expected).abs().max() < BFLOAT16 * expected.abs().max()
+    assert_near(out, expected)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+def assert_near(out: Tensor, expected: Tensor) -> None:
+    assert (out - expected).abs().max() < BFLOAT16 * expected.abs().max()
 
 
 # ------------------------------------------------------------------- what the kernel is told
@@ -72,10 +89,19 @@ def test_every_tile_of_every_head_has_one_block_and_pairs_share_a_head(num_tiles
             assert first[0] == second[0]
 
 
+def rows(source: Tensor, sample: int, head: int, start: int, number: int) -> Tensor:
+    """Tokens of one head, as the kernels copy them."""
+    boxes = [
+        [box_of(source, BOX, sample, t, head, c)[0, :, 0] for c in (0, 64)]
+        for t in range(start, start + number, 64)
+    ]
+    return torch.cat([torch.cat(row, dim=1) for row in boxes])
+
+
 def as_the_kernel_does(grid, values, types) -> None:
     """What attention_bf16_hopper.cu makes of its arguments, block after block."""
     (q, box), (k, k_box), (v, v_box), out_at, lse_at, num_queries, num_keys, h, b, scale = values
-    assert box == k_box == v_box == (64, 1, 64, 1) and len(types) == len(values)
+    assert box == k_box == v_box == BOX and len(types) == len(values)
     num_tiles = -(-num_queries // QUERIES)
     sizes = (HEAD_DIM, h, num_queries, b)
     out = memory(out_at, sizes, (256, 256 * h, 256 * h * num_queries))
@@ -83,13 +109,6 @@ def as_the_kernel_does(grid, values, types) -> None:
     if lse_at:
         raw = (ctypes.c_float * (b * num_queries * h)).from_address(lse_at)
         lse = torch.frombuffer(raw, dtype=torch.float32).view(b, num_queries, h)
-
-    def rows(source: Tensor, sample: int, head: int, start: int, number: int) -> Tensor:
-        boxes = [
-            [box_of(source, box, sample, t, head, c)[0, :, 0] for c in (0, 64)]
-            for t in range(start, start + number, 64)
-        ]
-        return torch.cat([torch.cat(row, dim=1) for row in boxes])
 
     for block in range(grid[0]):
         place, tile, _ = place_of_block(block, num_tiles, b * h)
@@ -109,19 +128,49 @@ def as_the_kernel_does(grid, values, types) -> None:
             lse[sample, tokens.start : tokens.stop, head] = total / 1.4426950408889634
 
 
+def as_the_text_kernel_does(grid, values, types) -> None:
+    """What text_attention_hopper.cu makes of its arguments, block after block."""
+    (q, _), (k, _), (v, _), counts_at, out_at, num_queries, num_keys, h, num_shares, scale = values
+    b = grid[0] // (h * num_shares)
+    assert len(types) == len(values) and grid == (b * h * num_shares, 1)
+    out = memory(out_at, (HEAD_DIM, h, num_queries, b), (256, 256 * h, 256 * h * num_queries))
+    raw = (ctypes.c_float * (b * num_keys)).from_address(counts_at)
+    counts = torch.frombuffer(raw, dtype=torch.float32).view(b, num_keys) * 1.4426950408889634
+    for block in range(grid[0]):
+        sample, head, share = block // num_shares // h, block // num_shares % h, block % num_shares
+        keys, values_of = (rows(x, sample, head, 0, -(-num_keys // 128) * 128) for x in (k, v))
+        for tile in range(share, -(-num_queries // 64), num_shares):
+            scores = (rows(q, sample, head, 64 * tile, 64) @ keys.T * scale)[:, :num_keys]
+            scores += counts[sample]
+            p = torch.exp2(scores - scores.amax(1, keepdim=True))
+            made = p.bfloat16().float() @ values_of[:num_keys] / p.sum(1, keepdim=True)
+            part = out[sample, 64 * tile : 64 * tile + 64, head]
+            part.copy_(made[: len(part)].bfloat16())
+
+
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda":
         pytest.skip("reads the tensors where a CPU has them")
     monkeypatch.setattr(hopper_attention, "_missing", lambda q: None)
     monkeypatch.setattr(hopper_attention, "KERNEL", SimpleNamespace(launch=as_the_kernel_does))
+    text_kernel = SimpleNamespace(launch=as_the_text_kernel_does)
+    monkeypatch.setattr(hopper_attention, "text_kernel", lambda num_blocks: text_kernel)
     monkeypatch.setattr(hopper, "tensor_map", tensor_map)
+    monkeypatch.setattr(hopper, "num_processors", lambda device: 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maps_boxes_and_blocks_cover_the_attention(on_a_cpu, shape):
     q, k, v = draw(*shape)
     assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("shape", TEXT_SHAPES)
+def test_maps_boxes_and_shares_cover_the_attention_to_a_text(on_a_cpu, shape):
+    qkv, log_counts = draw_text(*shape)
+    out = hopper_attention.text_attention(*qkv, log_counts)
+    assert_near(out, exactly(*qkv, log_counts)[0])
 
 
 def test_parts_of_one_tensor_are_read_where_they_lie(on_a_cpu):
@@ -140,8 +189,15 @@ def test_what_tma_cannot_read_is_copied_first(on_a_cpu):
     assert_right(*hopper_attention.hopper_attention_with_lse(shifted, apart, v), q, k, v)
 
 
-def test_what_the_kernel_holds_fits_into_shared_memory():
-    assert hopper_attention.KERNEL.shared_bytes <= 232_448
+def test_what_the_kernels_hold_fits_into_shared_memory():
+    texts = [hopper_attention.text_kernel(n) for n in range(1, MAX_TEXT_KEYS // 128 + 1)]
+    assert max(kernel.shared_bytes for kernel in (hopper_attention.KERNEL, *texts)) <= 232_448
+
+
+def test_a_long_text_is_left_to_triton(on_a_cpu):
+    q = draw(1, 1, 1, 2)[0]
+    assert hopper_attention.fits_text(q, MAX_TEXT_KEYS)
+    assert not hopper_attention.fits_text(q, MAX_TEXT_KEYS + 1)
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -171,6 +227,16 @@ def test_keys_and_values_that_do_not_fit_the_queries_are_refused(on_a_cpu, wrong
 def test_the_kernel_computes_attention(shape):
     q, k, v = draw(*shape)
     assert_right(*hopper_attention.hopper_attention_with_lse(q, k, v), q, k, v)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [*TEXT_SHAPES, (2, 5000, 200, 5), (3, 100, 40, 70)])
+def test_the_texts_kernel_computes_attention_the_same_every_time(shape):
+    qkv, log_counts = draw_text(*shape)
+    out = hopper_attention.text_attention(*qkv, log_counts)
+    assert_near(out, exactly(*qkv, log_counts)[0])
+    for _ in range(5):
+        assert torch.equal(hopper_attention.text_attention(*qkv, log_counts), out)
 
 
 @needs_kernel
