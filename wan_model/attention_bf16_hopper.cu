@@ -14,7 +14,7 @@
 #include "attention_bf16.cuh"
 
 constexpr int GROUPS = 3;  // of 64 queries
-constexpr float SLACK = 8.0f;           // log2 of how far a probability may exceed 1
+constexpr float SLACK = 8.0f;  // log2 of how far a probability may exceed 1
 
 // ------------------------------------------------------------------------------------ clusters
 
