@@ -36,9 +36,9 @@ FEW_STEPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """`high` and `low` groups of `ulysses_degree` GPUs. With `shared`, both experts lie on every
-    GPU: a job's experts then never work at the same time, and at most as many jobs are under way as
-    there are pairs."""
+    """`high` and `low` groups of `ulysses_degree` GPUs. With `shared`, both experts are to lie on
+    every GPU: a job's experts then never work at the same time, and at most as many jobs are under
+    way as there are pairs."""
 
     name: str
     high: int
@@ -54,8 +54,9 @@ class Layout:
     @property
     def gpus_as_ray_counts_them(self) -> list[int]:
         """Where experts share them, each GPU three times over: for one expert, for the other and
-        for what lies beside. A rank asks for a whole GPU, so that a group's ranks never lie on one,
-        as fractions would; neighbours in this list are what a group is given."""
+        for what lies beside. A rank asks for a whole one: a group of several may not ask for
+        fractions, of which Ray would put all on one GPU. That replicas made one after another get
+        neighbours in this list was seen, and is not promised."""
         return list(range(self.num_gpus)) * (3 if self.shared else 1)
 
 

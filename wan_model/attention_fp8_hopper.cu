@@ -9,7 +9,8 @@
 //   p = 2^(scores scaled - highest + 8) in fp8, in the registers the second product reads: the keys
 //   of the values are in another order, in each 16, so that no thread needs another's;
 //   out += p v. The values have 8 more channels, 1 for every key there is: the sum of p comes with
-//   the product. It is added up in float32, block after block: the fp8 products keep about 14 bits.
+//   the product. It is added up in float32, block after block: the fp8 products keep about 14 bits,
+//   of which `out` over all keys makes do.
 // The products with the values begin when a quarter of a block's probabilities are there. Sums are
 // multiplied only when a warp has found a score that lies SLACK above the highest.
 
@@ -71,8 +72,7 @@ __device__ __forceinline__ void hold(float (&o)[68]) {
 // ------------------------------------------------------------------------------------ a block
 
 // Of a thread's two rows (accumulators 4 j, 4 j + 1 and 4 j + 2, 4 j + 3): updates the highest
-// score of each, once one lies SLACK above it, and returns, in `fell`, how much lower the last one
-// was.
+// score of each, once one lies SLACK above it, and returns, in `fell`, the last one less the new.
 __device__ __forceinline__ void find_highest(const u32 (&s)[64], const float (&scale)[2],
                                              float (&highest)[2], float (&fell)[2],
                                              float (&minus_offset)[2]) {

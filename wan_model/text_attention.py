@@ -52,7 +52,7 @@ def count_rows(lengths: Sequence[int], text_len: int, device: torch.device) -> T
     """The log_counts [B, L] of prompts of so many tokens, padded to L rows: one more than the
     longest has, or text_len. The rows that pad a prompt share its padding evenly."""
     num_rows = min(text_len, max(lengths) + 1)
-    log_counts = torch.zeros(len(lengths), num_rows, device=device)
+    log_counts = torch.zeros(len(lengths), num_rows, device=device, dtype=torch.float32)
     for row_L, length in zip(log_counts, lengths, strict=True):
         if length < num_rows:
             row_L[length:].fill_(math.log((text_len - length) / (num_rows - length)))

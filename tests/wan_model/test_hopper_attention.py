@@ -153,8 +153,9 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda":
         pytest.skip("reads the tensors where a CPU has them")
     monkeypatch.setattr(hopper_attention, "_missing", lambda q: None)
-    monkeypatch.setattr(hopper_attention, "KERNEL", SimpleNamespace(launch=as_the_kernel_does))
-    text_kernel = SimpleNamespace(launch=as_the_text_kernel_does)
+    kernel = SimpleNamespace(who=hopper_attention.KERNEL.who, launch=as_the_kernel_does)
+    monkeypatch.setattr(hopper_attention, "KERNEL", kernel)
+    text_kernel = SimpleNamespace(who="attention to the text", launch=as_the_text_kernel_does)
     monkeypatch.setattr(hopper_attention, "text_kernel", lambda num_blocks: text_kernel)
     monkeypatch.setattr(hopper, "tensor_map", tensor_map)
     monkeypatch.setattr(hopper, "num_processors", lambda device: 8)
@@ -215,8 +216,11 @@ def test_it_is_refused_in_a_sentence_where_there_is_no_kernel():
 def test_keys_and_values_that_do_not_fit_the_queries_are_refused(on_a_cpu, wrong):
     q, k, v = draw(1, 20, 30, 2)
     k = {"length": k[:, 1:], "heads": k[:, :, :1], "dtype": k.float()}[wrong]
-    with pytest.raises(ValueError, match=r"hopper needs keys and values of \[1, \d+, 2, 128\] in"):
+    needs = r"needs keys and values of \[1, \d+, 2, 128\] in"
+    with pytest.raises(ValueError, match=f"hopper {needs}"):
         hopper_attention.hopper_attention(q, k, v)
+    with pytest.raises(ValueError, match=f"to the text {needs}"):
+        hopper_attention.text_attention(q, k, v, torch.zeros(1, 30))
 
 
 # ---------------------------------------------------------------------------------- on the card
@@ -230,7 +234,9 @@ def test_the_kernel_computes_attention(shape):
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [*TEXT_SHAPES, (2, 5000, 200, 5), (3, 100, 40, 70)])
+@pytest.mark.parametrize(
+    "shape", [*TEXT_SHAPES, (3, 100, 40, 70), (1, 3000, 121, 70), (1, 3000, 200, 70)]
+)
 def test_the_texts_kernel_computes_attention_the_same_every_time(shape):
     qkv, log_counts = draw_text(*shape)
     out = hopper_attention.text_attention(*qkv, log_counts)
