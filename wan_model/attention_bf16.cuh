@@ -47,3 +47,47 @@ __device__ __forceinline__ void hold(float (&x)[64]) {
 __device__ __forceinline__ void hold(u32 (&x)[32]) {
   asm volatile("" : OPERANDS_16("+r", x, 0), OPERANDS_16("+r", x, 16)::"memory");
 }
+
+// ------------------------------------------------------------------------------------- a block
+
+// s = q k^T, of 64 queries and 128 keys; both have been read when it returns.
+__device__ __forceinline__ void scores(float (&s)[64], u64 q, u64 k) {
+  begin_products();
+  first_scores(s, q, k);
+#pragma unroll
+  for (int i = 1; i < 8; i++) {  // 16 channels
+    add_scores(s, q + i / 4 * (BOX_BYTES / 16) + i % 4 * 2,
+               k + i / 4 * (PANEL_BYTES / 16) + i % 4 * 2);
+  }
+  commit_products();
+  wait_for_products();
+  hold(s);
+}
+
+// o += p v and total += p, where p = 2^exponent(s, row) of a thread's two rows: accumulators 4 j,
+// 4 j + 1 and 4 j + 2, 4 j + 3. The product begins when half of the probabilities are there.
+template <typename Exponent>
+__device__ __forceinline__ void attend(float (&o)[64], float (&total)[2], const float (&s)[64],
+                                       u64 v, const Exponent& exponent) {
+  u32 p[32];
+  hold(o);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+#pragma unroll
+    for (int j = 16 * half; j < 16 * half + 16; j++) {
+      const int r = j % 2;
+      const float a = exp2_of(exponent(s[2 * j], r)), b = exp2_of(exponent(s[2 * j + 1], r));
+      total[r] += a + b;
+      p[j] = to_bf16(a, b);
+    }
+    begin_products();
+#pragma unroll
+    for (int i = 4 * half; i < 4 * half + 4; i++) {  // 16 keys
+      add_values(o, p + 4 * i, v + i * (2048 / 16));
+    }
+    commit_products();
+  }
+  wait_for_products();
+  hold(p);
+  hold(o);
+}

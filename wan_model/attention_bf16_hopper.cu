@@ -159,16 +159,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
       float s[64];
       const u64 keys = k_at + tile * (TILE_BYTES / 16);
       barrier_wait(full + 8 * tile, parity);
-      begin_products();
-      first_scores(s, q_at, keys);
-#pragma unroll
-      for (int k = 1; k < 8; k++) {  // 16 channels
-        add_scores(s, q_at + k / 4 * (BOX_BYTES / 16) + k % 4 * 2,
-                   keys + k / 4 * (PANEL_BYTES / 16) + k % 4 * 2);
-      }
-      commit_products();
-      wait_for_products();
-      hold(s);
+      scores(s, q_at, keys);
       tile_is_read();
 
       const int num_there = num_keys - i * KEYS;
@@ -185,30 +176,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 * (GR
 #pragma unroll
         for (int j = 0; j < 64; j++) o[j] *= shrink[j / 2 % 2];
       }
-      u32 p[32];
       const u64 values = v_at + tile * (TILE_BYTES / 16);
       barrier_wait(full + 8 * tile, parity);
-      hold(o);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int j = 16 * half; j < 16 * half + 16; j++) {
-          const int r = j % 2;
-          const float a = exp2_of(fmaf(s[2 * j], scale, -highest[r]));
-          const float b = exp2_of(fmaf(s[2 * j + 1], scale, -highest[r]));
-          total[r] += a + b;
-          p[j] = to_bf16(a, b);
-        }
-        begin_products();
-#pragma unroll
-        for (int k = 4 * half; k < 4 * half + 4; k++) {  // 16 keys
-          add_values(o, p + 4 * k, values + k * (2048 / 16));
-        }
-        commit_products();
-      }
-      wait_for_products();
-      hold(p);
-      hold(o);
+      attend(o, total, s, values,
+             [&](float score, int r) { return fmaf(score, scale, -highest[r]); });
       tile_is_read();
     }
 

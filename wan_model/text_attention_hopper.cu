@@ -1,7 +1,7 @@
 // Attention of bfloat16 to the few keys of a text on Hopper (sm_90a), head_dim 128: numbers as in
 // attention_bf16_hopper.cu, and a score more by log_counts [B, L] for each key.
 //
-// q [B, N, H, 128], k and v [B, L, H, 128] as tensor maps (hopper_attention.py), out [B, N, H, 128].
+// q and out [B, N, H, 128], k and v [B, L, H, 128]; q, k, v as tensor maps (hopper_attention.py).
 //
 // It is bound by reading queries and writing out. A block of threads keeps the keys and values of
 // one head, BLOCKS times 128 at most, and makes every num_shares-th tile of 64 queries of it: a
@@ -82,17 +82,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 #pragma unroll 1
       for (int block = 0; block < BLOCKS; block++) {
         float s[64];
-        const u64 q = q_at + slot * (Q_BYTES / 16), k = k_at + block * (TILE_BYTES / 16);
-        begin_products();
-        first_scores(s, q, k);
-#pragma unroll
-        for (int i = 1; i < 8; i++) {  // 16 channels
-          add_scores(s, q + i / 4 * (BOX_BYTES / 16) + i % 4 * 2,
-                     k + i / 4 * (PANEL_BYTES / 16) + i % 4 * 2);
-        }
-        commit_products();
-        wait_for_products();
-        hold(s);
+        scores(s, q_at + slot * (Q_BYTES / 16), k_at + block * (TILE_BYTES / 16));
         if (block == BLOCKS - 1 && lane == 0) barrier_arrive(free + 8 * slot);
 
         // Of a thread's two rows: accumulators 4 j, 4 j + 1 and 4 j + 2, 4 j + 3.
@@ -121,28 +111,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
           }
           highest[r] = most[r];
         }
-        u32 p[32];
-        hold(o);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#pragma unroll
-          for (int j = 16 * half; j < 16 * half + 16; j++) {
-            const int r = j % 2;
-            const float a = exp2_of(s[2 * j] - highest[r]);
-            const float b = exp2_of(s[2 * j + 1] - highest[r]);
-            total[r] += a + b;
-            p[j] = to_bf16(a, b);
-          }
-          begin_products();
-#pragma unroll
-          for (int i = 4 * half; i < 4 * half + 4; i++) {  // 16 keys
-            add_values(o, p + 4 * i, v_at + block * (TILE_BYTES / 16) + i * (2048 / 16));
-          }
-          commit_products();
-        }
-        wait_for_products();
-        hold(p);
-        hold(o);
+        attend(o, total, s, v_at + block * (TILE_BYTES / 16),
+               [&](float score, int r) { return score - highest[r]; });
       }
       slot += GROUPS;
       if (slot >= SLOTS) slot -= SLOTS, parity ^= 1;

@@ -38,9 +38,8 @@ def draw(b: int, num_queries: int, num_keys: int, h: int) -> list[Tensor]:
 def draw_text(*shape: int) -> tuple[list[Tensor], Tensor]:
     """q, k, v and the keys' log_counts."""
     q, k, v = draw(*shape)
-    return [q, k, v], 3 * torch.rand(k.shape[:2], generator=torch.Generator().manual_seed(0)).to(
-        DEVICE
-    )
+    log_counts = 3 * torch.rand(k.shape[:2], generator=torch.Generator().manual_seed(0))
+    return [q, k, v], log_counts.to(DEVICE)
 
 
 def exactly(
