@@ -1,7 +1,8 @@
 """Whole jobs on one GPU, models loaded: prompt, denoising, decoding, mp4. Random weights.
 
-Owns the cases and the stages that are timed. The engines are the service's own; only the checkpoint
-they open is drawn at random, and the text encoder reads random tokens.
+Owns the cases and the stages that are timed, and how far the final latents of a precision are from
+those of the case's first one, of the same weights and noise. The engines are the service's own;
+only the checkpoint they open is drawn at random, and the text encoder reads random tokens.
 
     python -m benchmarks.job --output benchmarks/results/job-h200.json
     python -m benchmarks.job --tiny --output /tmp/job.json         # a dry run on a CPU
@@ -21,6 +22,7 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 import wan_model.engine
+from benchmarks.errors import relative_rms
 from benchmarks.full_size_experts import PROMPT_TOKENS, random_expert
 from benchmarks.gpu_timing import Record, machine, peak_bytes, start_counting_memory
 from benchmarks.vae import random_vae
@@ -72,6 +74,7 @@ class Bench:
         self.device, self.tiny, self.precisions = args.device, args.tiny, args.precisions
         content = {**machine(args.device), "rows": []}
         self.record = Record(args.output, content, budget_s=args.budget_s)
+        self.first_latents: dict[str, torch.Tensor] = {}
 
     def config(self, case: str) -> WanConfig:
         config = CASES[case][0]
@@ -101,7 +104,7 @@ class Bench:
         vae = VAEEngine(**how)
         guided = params.guidance_high_noise != 1.0 or params.guidance_low_noise != 1.0
 
-        def run(limit: int | None) -> dict[str, float]:
+        def run(limit: int | None) -> tuple[dict[str, float], torch.Tensor]:
             seconds: dict[str, float] = {}
             seconds["text"] = self.time(lambda: self.encode(encoder, 2 if guided else 1))
             num_tokens = min(PROMPT_TOKENS, config.transformer.text_len - 1)
@@ -126,14 +129,16 @@ class Bench:
             made: dict[str, object] = {}
             decode = lambda: made.update(vae.decode(params=vars(params), state=state))  # noqa: E731
             seconds["decode and mp4"] = self.time(decode)
-            return seconds
+            return seconds, torch.from_numpy(state["latents"])
 
         run(1)
         started = time.perf_counter()
-        seconds = run(None)
+        seconds, latents = run(None)
         total = time.perf_counter() - started
         row = {"case": case, "precision": precision, "seconds": total, "stages": seconds}
         row |= {"num_steps": params.num_steps, "peak_bytes": peak_bytes(self.device)}
+        first = self.first_latents.setdefault(case, latents)
+        row["trajectory_error"] = relative_rms(latents, first)
         self.record.content["rows"].append(row)
         print(row, flush=True)
 

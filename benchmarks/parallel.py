@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.errors import relative_rms
 from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
 from benchmarks.gpu_timing import machine, peak_bytes, start_counting_memory
 from wan_model.attention import resolve_backend
@@ -142,10 +143,10 @@ class Bench:
         expected: Tensor,
     ) -> None:
         seconds, got = self.time(run)
-        error = ((got - expected).float().square().mean() / expected.float().square().mean()).sqrt()
         scaling = one_s / (self.num_ranks * seconds)
         self.record(
-            case, impl, way, seconds, scaling=scaling, relative_rms_error=error.item(),
+            case, impl, way, seconds, scaling=scaling,
+            relative_rms_error=relative_rms(got, expected),
             target=TARGETS.get(way) if impl == "ours" else None,
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.errors import relative_rms
 from benchmarks.gpu_timing import machine
 from wan_model.engine import ExpertEngine, TextEncoderEngine
 from wan_model.fp8 import quantise_blocks
@@ -53,10 +54,6 @@ def models_in(checkpoint: str, precision: str, device: str) -> Models:
 
 
 # ----------------------------------------------------------------------------------- measures
-
-
-def relative_rms(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.errors import relative_rms
 from benchmarks.gpu_timing import Record, machine, median_s
 from wan_model import kernels, row_ops, text_kernels
 from wan_model.row_ops import FP8, Change, Quantised, RowLayout
@@ -96,7 +97,7 @@ class Bench:
         if self.device.startswith("cuda"):
             runs["text by Triton"] = lambda: text_kernels.text_attention(q, *keys)
         for name, run in runs.items():
-            self.note(name, run, 2 * q.nbytes, relative(run().float(), exact))
+            self.note(name, run, 2 * q.nbytes, relative_rms(run(), exact))
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -118,13 +119,9 @@ def compare(run: Callable[[], row_ops.Rows]) -> float:
     chosen = row_ops._uses_kernels
     row_ops._uses_kernels = lambda x: False
     try:
-        return relative(got, _plain(run()))
+        return relative_rms(got, _plain(run()))
     finally:
         row_ops._uses_kernels = chosen
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return ((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
 
 
 def _plain(rows: row_ops.Rows) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.errors import relative_rms
 from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
 from benchmarks.gpu_timing import (
     Record,
@@ -205,8 +206,7 @@ class Bench:
         errors = self.record.content["errors"]
 
         def note(name: str, output: Tensor) -> None:
-            difference = (output.float() - exact).square().mean().sqrt()
-            errors[name] = (difference / exact.square().mean().sqrt()).item()
+            errors[name] = relative_rms(output, exact)
 
         note("ours-plain bf16", case.ours(model, "cudnn" if self.on_gpu else "sdpa")())
         model.fused = True
@@ -251,9 +251,7 @@ class Bench:
             "share_of_floor": floor / best if floor else None,
             "peak_bytes": peak_bytes(self.device),
             "error": self.record.content["errors"].get(ERRORS[precision, impl]),
-            "difference_to_first": (
-                (output - first).square().mean().sqrt() / first.square().mean().sqrt()
-            ).item(),
+            "difference_to_first": relative_rms(output, first),
             "finite": bool(output.isfinite().all()),
         }
         self.record.content["rows"].append(row)
