@@ -5,7 +5,8 @@ those of the case's first one, of the same weights and noise. The engines are th
 only the checkpoint they open is drawn at random, and the text encoder reads random tokens.
 
     python -m benchmarks.job --output benchmarks/results/job-h200.json
-    python -m benchmarks.job --tiny --output /tmp/job.json         # a dry run on a CPU
+    python -m benchmarks.job --cases 480p-40 480p-40-short --output FILE    # 40 steps: 15 minutes
+    python -m benchmarks.job --tiny --output /tmp/job.json                  # a dry run on a CPU
 """
 
 from __future__ import annotations
@@ -31,14 +32,48 @@ from wan_model.engine import ExpertEngine, VAEEngine
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
 
-CASES: dict[str, tuple[WanConfig, dict[str, object]]] = {
-    "T2V-A14B 1280x720x81, 4 steps, no guidance": (
-        T2V_A14B,
-        {"width": 1280, "height": 720, "num_steps": 4, "solver": "euler", "guidance": 1.0},
+PRECISIONS = ("float32", "bf16", "fp8", "fp8-attention")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Jobs that differ in precision only."""
+
+    title: str
+    config: WanConfig
+    params: dict[str, object]
+    precisions: tuple[str, ...] = PRECISIONS[1:]
+
+
+CASES = {
+    "720p-4": Case(
+        title="T2V-A14B 1280x720x81, 4 steps, no guidance",
+        config=T2V_A14B,
+        params={"width": 1280, "height": 720, "num_steps": 4, "solver": "euler", "guidance": 1.0},
     ),
-    "TI2V-5B 1280x704x121, 50 steps": (TI2V_5B, {"width": 1280, "height": 704, "num_steps": 50}),
+    "ti2v-50": Case(
+        title="TI2V-5B 1280x704x121, 50 steps",
+        config=TI2V_5B,
+        params={"width": 1280, "height": 704, "num_steps": 50},
+    ),
+    "480p-40": Case(
+        title="T2V-A14B 832x480x81, 40 steps",
+        config=T2V_A14B,
+        params={"width": 832, "height": 480, "num_steps": 40},
+    ),
+    "480p-40-short": Case(  # few frames: float32 takes eight times as long, and 115 GB
+        title="T2V-A14B 832x480x5, 40 steps",
+        config=T2V_A14B,
+        params={"width": 832, "height": 480, "num_frames": 5, "num_steps": 40},
+        precisions=PRECISIONS,
+    ),
 }
-PRECISIONS = ("bf16", "fp8", "fp8-attention")
+HOW: dict[str, dict[str, str]] = {
+    "float32": {"dtype": "float32"},
+    "bf16": {"dtype": "bfloat16"},
+    "fp8": {"dtype": "bfloat16", "precision": "fp8"},
+    "fp8-attention": {"dtype": "bfloat16", "precision": "fp8", "attention": "fp8"},
+}
 TINY = {"dim": 64, "num_heads": 2, "num_layers": 2, "ffn_dim": 96, "text_dim": 32, "text_len": 16}
 
 
@@ -49,7 +84,11 @@ class RandomCheckpoint:
     config: WanConfig
 
     def load_transformer(self, expert, *, device: str, dtype: torch.dtype, loras=()):
-        return random_expert(self.config.transformer, dtype, device)
+        model = random_expert(self.config.transformer, torch.bfloat16, device)
+        if dtype == torch.float32:  # the very same weights, one after the other
+            for parameter in model.parameters():
+                parameter.data = parameter.data.float()
+        return model
 
     def load_vae(self, *, device: str, dtype: torch.dtype):
         return random_vae(self.config.vae, dtype, device)
@@ -71,37 +110,34 @@ def random_text_encoder(config: WanConfig, device: str, *, tiny: bool) -> UMT5En
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.tiny, self.precisions = args.device, args.tiny, args.precisions
+        self.device, self.tiny = args.device, args.tiny
+        self.cases = [CASES[name] for name in args.cases]
         content = {**machine(args.device), "rows": []}
         self.record = Record(args.output, content, budget_s=args.budget_s)
         self.first_latents: dict[str, torch.Tensor] = {}
 
-    def config(self, case: str) -> WanConfig:
-        config = CASES[case][0]
+    def config(self, case: Case) -> WanConfig:
         if not self.tiny:
-            return config
-        transformer = dataclasses.replace(config.transformer, **TINY)
-        return dataclasses.replace(config, transformer=transformer)
+            return case.config
+        transformer = dataclasses.replace(case.config.transformer, **TINY)
+        return dataclasses.replace(case.config, transformer=transformer)
 
-    def params(self, case: str, config: WanConfig) -> VideoParams:
-        given = dict(CASES[case][1])
+    def params(self, case: Case, config: WanConfig) -> VideoParams:
+        given = dict(case.params)
         if self.tiny:
             given |= {"width": 64, "height": 64, "num_frames": 5, "num_steps": 4}
         return VideoParams.for_model(config, **given)
 
-    def job(self, case: str, precision: str) -> None:
+    def job(self, case: Case, precision: str) -> None:
         """Seconds of every stage of the second of two jobs; the first compiles what is compiled."""
         config = self.config(case)
         params = self.params(case, config)
         start_counting_memory(self.device)
         wan_model.engine.open_checkpoint = lambda *a, **k: RandomCheckpoint(config=config)
-        how = {"checkpoint": "", "device": self.device, "dtype": "bfloat16"}
+        how = {"checkpoint": "", "device": self.device}
         encoder = random_text_encoder(config, self.device, tiny=self.tiny)
-        quick = {"precision": precision}
-        if precision == "fp8-attention":
-            quick = {"precision": "fp8", "attention": "fp8"}
-        experts = [ExpertEngine(expert=e, **quick, **how) for e in config.experts]
-        vae = VAEEngine(**how)
+        experts = [ExpertEngine(expert=e, **HOW[precision], **how) for e in config.experts]
+        vae = VAEEngine(dtype="bfloat16", **how)
         guided = params.guidance_high_noise != 1.0 or params.guidance_low_noise != 1.0
 
         def run(limit: int | None) -> tuple[dict[str, float], torch.Tensor]:
@@ -135,9 +171,9 @@ class Bench:
         started = time.perf_counter()
         seconds, latents = run(None)
         total = time.perf_counter() - started
-        row = {"case": case, "precision": precision, "seconds": total, "stages": seconds}
+        row = {"case": case.title, "precision": precision, "seconds": total, "stages": seconds}
         row |= {"num_steps": params.num_steps, "peak_bytes": peak_bytes(self.device)}
-        first = self.first_latents.setdefault(case, latents)
+        first = self.first_latents.setdefault(case.title, latents)
         row["trajectory_error"] = relative_rms(latents, first)
         self.record.content["rows"].append(row)
         print(row, flush=True)
@@ -157,17 +193,17 @@ class Bench:
 
     @torch.inference_mode()
     def run(self) -> None:
-        for case in CASES:
-            for precision in self.precisions:
+        for case in self.cases:
+            for precision in case.precisions:
                 run = partial(self.job, case, precision)
-                self.record.case(f"{case} {precision}", run, limit_s=200)
+                self.record.case(f"{case.title} {precision}", run, limit_s=300)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.job", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny widths: a dry run")
-    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["720p-4", "ti2v-50"])
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
