@@ -132,6 +132,23 @@ def test_the_readmes_jobs_are_the_stored_ones() -> None:
         assert name.endswith(kind[row["precision"]])
 
 
+def test_the_readmes_trajectories_are_the_stored_ones() -> None:
+    content = stored("trajectories-h200")
+    assert not content["failures"]
+    rows = {(row["case"], row["precision"]): row for row in content["rows"]}
+    titles = list(dict.fromkeys(row["case"] for row in content["rows"]))
+    told = table("trajectories of A14B at full size")
+    for title, (_, beside, *cells) in zip(titles, told, strict=True):
+        assert rows[title, beside]["trajectory_error"] == 0
+        for precision, cell in zip(("bf16", "fp8", "fp8-attention"), cells, strict=True):
+            told_error = float(cell.removesuffix(" %") or 0)
+            error = rows[title, precision]["trajectory_error"]
+            assert told_error == float(f"{100 * error:.2g}")
+    for precision, precise in (("bf16", "197.5"), ("fp8", "158.3"), ("fp8-attention", "132.3")):
+        assert f"{rows[titles[0], precision]['seconds']:.1f}" == precise
+        assert f"{precise} s" in SPEED
+
+
 def test_the_readmes_scaling_is_the_stored_one() -> None:
     rows = {(row["impl"], row["way"]): row for row in stored("parallel-h200x2")["rows"]}
     expected = []
