@@ -43,9 +43,9 @@ class Headline:
         self.record = Record(args.output, content, budget_s=args.budget_s)
 
     def run(self) -> None:
-        case, small = ("dry-run", "dry-run") if self.args.dry_run else ("720p", "480p")
+        sizes = ["dry-run"] if self.args.dry_run else self.args.sizes
         if "latency" in self.args.parts:
-            self.record.case("latency", lambda: self.latency(case), limit_s=200)
+            self.record.case("latency", lambda: self.latency(sizes[-1]), limit_s=200)
         wanted = {"throughput", "recovery"} & set(self.args.parts)
         if not wanted:
             return
@@ -53,7 +53,7 @@ class Headline:
         for number, layout in enumerate(layouts.layouts(self.args.num_gpus)):
             kills = number == 0 and "recovery" in wanted
             if "throughput" in wanted or kills:
-                cases = [small, case] if number < 3 and case != small else [small]
+                cases = sizes if number < 3 else sizes[:1]
                 self.record.case(
                     layout.name,
                     lambda layout=layout, cases=cases, kills=kills: self.layout(
@@ -153,12 +153,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.headline", description=__doc__)
     parser.add_argument("--num-gpus", type=int, required=True, help="even; 2, 4 or 8")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--sizes", nargs="+", choices=("480p", "720p"), default=["480p", "720p"],
+                        help="of the load; the last one is also the latency's")  # fmt: skip
     parser.add_argument("--attention", default="auto", help="Diffusers runs cuDNN")
     parser.add_argument("--rounds", type=int, default=3, help="jobs per GPU and load")
     parser.add_argument("--kill-after-s", type=float, default=8.0)
     parser.add_argument("--budget-s", type=float, default=570.0)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/wan-headline"),
-                        help="57 GB of weights, logs and videos; memory is quickest")  # fmt: skip
+                        help="29 GB of weights, logs and videos; memory is quickest")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on CPUs")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

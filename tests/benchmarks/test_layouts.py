@@ -1,9 +1,12 @@
 """The layouts of the headline runs fit their node, and what a kill cost is read off the spans."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import full_size_checkpoint
 from benchmarks.headline import Headline
 from benchmarks.layouts import layouts, recovery, serve_config
 from benchmarks.trace import JobTrace, Span
@@ -11,6 +14,8 @@ from serve_app import stages
 from serve_app.app import group_spec
 from serve_app.config import ServiceConfig
 from wan_model.config import T2V_A14B
+from wan_model.tiny.checkpoint import tiny_config
+from wan_model.weights import open_checkpoint
 
 
 @pytest.mark.parametrize("num_gpus", [2, 4, 8])
@@ -67,3 +72,19 @@ def test_the_table_says_what_was_not_done(tmp_path):
     headline = Headline(args)
     headline.record.case("split 4:4", lambda: pytest.fail("it ran"), limit_s=100)
     assert "not done: split 4:4: OutOfTime: the run's budget is spent" in headline.table()
+
+
+def test_both_experts_of_the_full_size_checkpoint_are_one_file(tmp_path, monkeypatch):
+    tiny = tiny_config("t2v-A14B")
+    config = replace(tiny, transformer=replace(tiny.transformer, text_dim=4096))
+    monkeypatch.setattr(full_size_checkpoint, "T2V_A14B", config)
+    full_size_checkpoint.write_full_size_checkpoint(tmp_path / "model", device="cpu")
+    opened = open_checkpoint(str(tmp_path / "model"))
+    assert opened.config.experts == config.experts
+    high, low = (
+        opened.load_transformer(expert, device="cpu", dtype=torch.bfloat16).state_dict()
+        for expert in config.experts
+    )
+    assert high.keys() == low.keys() and all(torch.equal(high[name], low[name]) for name in high)
+    files = list((tmp_path / "model").glob("transformer*/*.safetensors"))
+    assert len(files) == 2 and files[0].samefile(files[1])
