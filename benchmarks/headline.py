@@ -59,7 +59,7 @@ class Headline:
                     lambda layout=layout, cases=cases, kills=kills: self.layout(
                         layout, cases, kills
                     ),
-                    limit_s=300,
+                    limit_s=600,
                 )
 
     def latency(self, case: str) -> None:
