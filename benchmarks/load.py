@@ -3,7 +3,7 @@
 Owns the random checkpoint it writes (Diffusers layout, bf16 shards), the way files are dropped from
 the page cache, and the ceilings: a plain parallel read of the same files and a copy to the device.
 
-    python -m benchmarks.load --folder /tmp/wan-load --output benchmarks/results/load-h200.json
+    python -m benchmarks.load --output benchmarks/results/load-h200.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -33,8 +33,8 @@ NUM_READERS = 8
 
 
 class Bench:
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.folder = args.device, args.folder
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.device, self.folder = args.device, folder
         self.config = dataclasses.replace(T2V_A14B.transformer, num_layers=args.layers)
         if args.tiny:
             self.config = TransformerConfig(
@@ -50,7 +50,6 @@ class Bench:
         started = time.perf_counter()
         model = random_expert(self.config, torch.bfloat16, self.device)
         state = model.state_dict()
-        self.folder.mkdir(parents=True, exist_ok=True)
         shard: dict[str, torch.Tensor] = {}
         for key, slot in transformer_slots(state, "diffusers").items():
             shard[key] = slot.part(state[slot.name]).to("cpu", torch.bfloat16).contiguous()
@@ -132,7 +131,6 @@ class Bench:
             case(name, partial(self.load, name, num_readers), limit_s=40)
         case("forget again", self.forget, limit_s=60)
         case("load cold", partial(self.load, "load cold", 8), limit_s=60)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _read_piece(piece: tuple[Path, int]) -> int:
@@ -147,11 +145,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--layers", type=int, default=40, help="0.7 GB each; an expert has 40")
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=14, help="0.7 GB each; an expert has 40")
+    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"),
+                        help="on the disk to measure; one in it is made and removed")  # fmt: skip
     parser.add_argument("--budget-s", type=float, default=400)
     parser.add_argument("--output", type=Path, required=True)
-    Bench(parser.parse_args()).run()
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="wan-load-", dir=args.folder) as folder:
+        Bench(args, Path(folder)).run()
 
 
 if __name__ == "__main__":
