@@ -205,7 +205,8 @@ class ExpertEngine:
             )
         else:
             opened = DenoiseState.from_arrays(state, self.device)
-            if video.boundary_seed is not None and opened.step_index == schedule.boundary_step:
+            at_boundary = schedule.has_boundary and opened.step_index == schedule.boundary_step
+            if video.boundary_seed is not None and at_boundary:
                 opened = renoise(opened, video.boundary_seed, schedule)
         high = self.expert is Expert.HIGH_NOISE
         guidance = video.guidance_high_noise if high else video.guidance_low_noise

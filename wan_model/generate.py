@@ -79,8 +79,11 @@ def generate(
     `on_step` is called with the number of steps done. Raises ValueError for what cannot be made.
     """
     placement = placement or Placement()
-    config = open_checkpoint(request.checkpoint, revision=request.revision).config
-    return denoise(request, placement, encode(request, placement, config), on_step=on_step)
+    check_effects(request, placement)
+    opened = open_checkpoint(request.checkpoint, revision=request.revision)
+    opened.check_loras([*request.loras_high_noise, *request.loras_low_noise])
+    conditioning = encode(request, placement, opened.config)
+    return denoise(request, placement, conditioning, on_step=on_step)
 
 
 def denoise(
@@ -151,6 +154,27 @@ def check_images(config: WanConfig, image: bytes | None, last_image: bytes | Non
         raise ValueError(f"{config.name} makes a video from text alone: it takes no image")
     if last_image is not None and image is None:
         raise ValueError("last_image needs a first image too")
+
+
+def check_effects(request: Request, placement: Placement) -> None:
+    """Raises ValueError for a part of the request that would change no step."""
+    params, schedule = request.params, build_schedule(request.params)
+    experts = (
+        ("high", schedule.boundary_step, params.guidance_high_noise, request.loras_high_noise),
+        ("low", schedule.num_steps - schedule.boundary_step,
+         params.guidance_low_noise, request.loras_low_noise),
+    )  # fmt: skip
+    for noise, num_steps, _, loras in experts:
+        if loras and num_steps == 0:
+            raise ValueError(
+                f"LoRA {loras[0][0]} has no effect: the {noise}-noise expert takes no step"
+            )
+    if params.boundary_seed is not None and not schedule.has_boundary:
+        raise ValueError(
+            "boundary_seed has no effect: one expert takes every step of this schedule"
+        )
+    if placement.cfg_parallel and {guidance for _, n, guidance, _ in experts if n} == {1}:
+        raise ValueError("cfg_parallel has no effect: with guidance 1 there is nothing to divide")
 
 
 def _run_segment(

@@ -30,7 +30,7 @@ from wan_model.checkpoint_keys import (
 )
 from wan_model.checkpoint_layouts import CheckpointLayout, DiffusersLayout, OfficialLayout, Origin
 from wan_model.config import Expert, WanConfig
-from wan_model.lora import LoRA
+from wan_model.lora import LoRA, load_lora
 from wan_model.transformer import WanTransformer, is_float32_island
 from wan_model.vae import WanVAE
 
@@ -92,11 +92,7 @@ class Checkpoint:
         """One expert in `dtype`, its float32 islands kept, `loras` merged in."""
         if expert not in self.config.experts:
             raise CheckpointError(f"{self.source} ({self.config.name}) has no expert {expert}")
-        with torch.device("meta"):
-            model = WanTransformer(self.config.transformer)
-        slots = transformer_slots(model.state_dict(), self.layout)
-        parameters = dict(model.named_parameters())
-        shapes = {slot: slot.shape(parameters[slot.name]) for slot in slots.values()}
+        model, slots, shapes = self._empty_transformer()
         for lora in loras:
             lora.check_fits(shapes)
 
@@ -114,6 +110,22 @@ class Checkpoint:
             delta=delta,
         )
         return model.eval()
+
+    def check_loras(self, files: Sequence[tuple[str | Path, float]]) -> None:
+        """Raises CheckpointError for (path, strength) of which an expert could not be loaded."""
+        _, _, shapes = self._empty_transformer()
+        for path, strength in files:
+            load_lora(path, strength).check_fits(shapes)
+
+    def _empty_transformer(
+        self,
+    ) -> tuple[WanTransformer, dict[str, Slot], dict[Slot, tuple[int, ...]]]:
+        """An expert without weights, key in the files -> slot, and the slots' shapes."""
+        with torch.device("meta"):
+            model = WanTransformer(self.config.transformer)
+        slots = transformer_slots(model.state_dict(), self.layout)
+        parameters = dict(model.named_parameters())
+        return model, slots, {slot: slot.shape(parameters[slot.name]) for slot in slots.values()}
 
     def load_vae(self, *, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
         shards = self.files.vae()

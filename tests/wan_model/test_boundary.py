@@ -114,6 +114,16 @@ def test_a_boundary_seed_is_new_noise_for_the_low_noise_expert(folder, config, b
     assert np.allclose(noise, draw_noise(noise.shape, 12).numpy(), atol=1e-5)
 
 
+def test_a_boundary_seed_does_nothing_where_the_low_noise_expert_begins(folder, config, by_hand):
+    params = numbers(config, boundary_ratio=1.0, boundary_seed=12)
+    noise = draw_noise(params.latent_shape(config), params.seed)
+    state = DenoiseState(latents=noise).to_arrays()
+    conditioning = encode(request(folder, config), ONE_PROCESS, config)
+    engine = by_hand.experts[Expert.LOW_NOISE]
+    engine.open("j", params=vars(params), conditioning=conditioning, state=state)
+    assert torch.equal(engine.jobs["j"].state.latents, noise)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_newest_prediction_is_what_the_last_high_noise_step_saw(config, by_hand, solver):
     """x0 = x - sigma v, from the state before that step."""

@@ -16,6 +16,7 @@ from diffusers import (
     WanPipeline,
 )
 from PIL import Image
+from safetensors.torch import save_file
 
 from wan_model import engine as engine_module
 from wan_model.config import Expert
@@ -189,6 +190,50 @@ def test_an_empty_negative_prompt_is_the_models_default(tiny):
     assert np.array_equal(generate(made)["latents"], spelled_out)
     other = generate(dataclasses.replace(made, negative_prompt="blurry"))["latents"]
     assert np.abs(other - spelled_out).max() > 20 * TOLERANCE
+
+
+def refused(made: Request, placement: Placement | None = None) -> str:
+    """What `generate` says, before it has made a step."""
+    steps = []
+    with pytest.raises(ValueError) as caught:
+        generate(made, placement, on_step=steps.append)
+    assert steps == []
+    return str(caught.value)
+
+
+def test_a_lora_that_cannot_be_used_is_refused_before_the_first_step(tiny, tmp_path):
+    made, path = request(tiny("t2v-A14B")), tmp_path / "lora.safetensors"
+    made = dataclasses.replace(made, loras_low_noise=[(str(path), 1.0)])
+    assert "lora.safetensors is missing" in refused(made)
+    save_file({"diffusion_model.blocks.99.ffn.0.diff_b": torch.zeros(8)}, path)
+    assert "that this model does not have" in refused(made)
+
+
+@pytest.mark.parametrize(("boundary_ratio", "idle"), [(0.0, "low"), (1.0, "high")])
+def test_a_lora_of_an_expert_that_takes_no_step_is_refused(tiny, boundary_ratio, idle):
+    made = request(tiny("t2v-A14B"), boundary_ratio=boundary_ratio)
+    made = dataclasses.replace(made, **{f"loras_{idle}_noise": [("x.safetensors", 1.0)]})
+    assert refused(made) == (
+        f"LoRA x.safetensors has no effect: the {idle}-noise expert takes no step"
+    )
+
+
+@pytest.mark.parametrize("given", [{"num_steps": 1}, {"boundary_ratio": 0}, {"boundary_ratio": 1}])
+def test_a_boundary_seed_without_a_boundary_is_refused(tiny, given):
+    made = request(tiny("t2v-A14B"), boundary_seed=5, **given)
+    assert refused(made) == (
+        "boundary_seed has no effect: one expert takes every step of this schedule"
+    )
+
+
+@pytest.mark.parametrize(
+    "given", [{"guidance": 1}, {"guidance_high_noise": 1, "boundary_ratio": 0}]
+)
+def test_cfg_parallel_is_refused_where_every_guidance_in_use_is_one(tiny, given):
+    message = refused(request(tiny("t2v-A14B"), **given), Placement(cfg_parallel=True))
+    assert message == "cfg_parallel has no effect: with guidance 1 there is nothing to divide"
+    one_of_two = request(tiny("t2v-A14B"), guidance_high_noise=1)
+    assert "cfg 2" in refused(one_of_two, Placement(cfg_parallel=True)), "on one rank"
 
 
 def swapped_experts(monkeypatch):
