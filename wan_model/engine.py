@@ -167,10 +167,11 @@ class ExpertEngine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """One step of a one-frame job of the smallest size, at both ends of guidance."""
+        """One step of a one-frame job of few tokens, at both ends of guidance; they divide over
+        the ranks, without which xfuser has no ring."""
         side = 2 * self.config.size_multiple
         params = VideoParams.for_model(
-            self.config, width=side, height=side, num_frames=1, num_steps=1
+            self.config, width=side * self.sp.degree, height=side, num_frames=1, num_steps=1
         )
         text_dim = self.config.transformer.text_dim
         embeds = np.zeros((1, text_dim), np.float32)

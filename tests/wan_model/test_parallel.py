@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from wan_model.attention import attention_with_lse
+from wan_model.attention import attention, attention_with_lse
 from wan_model.config import ParallelDims
 from wan_model.engine import ExpertEngine
+from wan_model.parallel import SequenceParallel
 from wan_model.params import VideoParams
 from wan_model.weights import open_checkpoint
 
@@ -109,6 +110,35 @@ def test_every_division_of_the_work_gives_single_process_latents(tiny, world_siz
         expected = alone[folder, size]
         assert np.abs(expected).max() > 0.5
         assert np.abs(latents - expected).max() <= TOLERANCE, key
+
+
+class Counting(SequenceParallel):
+    """One rank that is told it is one of `degree`, and keeps all tokens for itself."""
+
+    def __init__(self, degree: int) -> None:
+        super().__init__()
+        self.degree, self.num_tokens = degree, set()
+
+    def shard(self, x, dim):
+        return x
+
+    def gather(self, x_BND, num_tokens):
+        return x_BND
+
+    def attention(self, q_BNHD, k_BNHD, v_BNHD, num_tokens):
+        self.num_tokens.add(num_tokens)
+        return attention(q_BNHD, k_BNHD, v_BNHD)
+
+
+@pytest.mark.parametrize("task", ["t2v-A14B", "i2v-A14B", "ti2v-5B"])
+@pytest.mark.parametrize("degree", [1, 3, 8])
+def test_the_tokens_of_a_warm_up_divide_over_the_ranks(tiny, task, degree):
+    """xfuser's ring refuses others, and an expert that cannot warm up is never ready."""
+    engine = ExpertEngine(checkpoint=str(tiny(task)), expert="high_noise", device="cpu")
+    engine.sp = Counting(degree)
+    engine.warm_up()
+    (num_tokens,) = engine.sp.num_tokens
+    assert num_tokens % degree == 0 and num_tokens <= 4 * degree
 
 
 def test_degrees_that_do_not_fit_print_the_equation():
