@@ -220,9 +220,9 @@ class ServiceConfig(_Options):
     """`args` of the Serve config file. The first model is the one a request gets that names none.
 
     `ingress.max_active` bounds the open HTTP requests (an event stream is one) per replica,
-    `pipeline.max_active` the jobs in flight per replica. `data_dir`, `job_store_url` and
-    `artifacts_url` default to WAN_DATA_DIR, WAN_JOB_STORE_URL and WAN_ARTIFACTS_URL: credentials
-    belong in the environment.
+    `pipeline.max_active` the jobs in flight per replica, of all models: each model has at most two
+    more than its experts take. `data_dir`, `job_store_url` and `artifacts_url` default to
+    WAN_DATA_DIR, WAN_JOB_STORE_URL and WAN_ARTIFACTS_URL: credentials belong in the environment.
     """
 
     models: dict[ServedName, ModelConfig] = Field(min_length=1)
@@ -230,7 +230,7 @@ class ServiceConfig(_Options):
     vae: VAEStageConfig = VAEStageConfig()
     prompt_extension: PromptExtensionConfig = PromptExtensionConfig()
     ingress: ReplicasConfig = ReplicasConfig(max_active=500)
-    pipeline: ReplicasConfig = ReplicasConfig(max_active=16)
+    pipeline: ReplicasConfig = ReplicasConfig(max_active=64)
     jobs: JobsConfig = JobsConfig()
     images: ImagesConfig = ImagesConfig()
     webhooks: WebhooksConfig = WebhooksConfig()

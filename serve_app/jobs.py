@@ -218,7 +218,7 @@ class JobStore:
 
     @runs_to_its_end
     async def queue_position(self, job_id: str) -> int | None:
-        """The number of jobs that will be claimed before this one; None once it is not queued."""
+        """The number of jobs ahead in the queue, of whatever model; None once it is not queued."""
         other = jobs.alias().c
         ahead = sa.or_(
             other.priority > _c.priority,

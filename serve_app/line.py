@@ -24,6 +24,10 @@ class Line:
         self._tickets = itertools.count()
         self._waiting: list[tuple[Any, int, asyncio.Future[None]]] = []
 
+    @property
+    def num_places(self) -> int:
+        return self._num_places
+
     @contextlib.asynccontextmanager
     async def place(self, rank: Any) -> AsyncIterator[Place]:
         place = Place(self, rank)

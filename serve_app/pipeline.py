@@ -1,7 +1,7 @@
 """The pipeline: claims jobs and keeps their leases while its attempts take them through the stages.
 
-Owns how many jobs are in flight, their lines in front of the experts, leases and expiry. Knows
-nothing about HTTP, how a stage computes or what an attempt does (attempt.py).
+Owns how many jobs of each model are in flight, their lines in front of the experts, leases and
+expiry. Knows nothing about HTTP, how a stage computes or what an attempt does (attempt.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ from serve_app.webhooks import WebhookSender
 
 logger = logging.getLogger(__name__)
 
+JOBS_BESIDE_EXPERTS = 2
+"""Of each model, more than its experts have places for: while some are encoded or decoded, none of
+the experts' places is empty."""
 CLAIM_POLL_S = 0.1
 RENEW_AT_MOST_S = 1.0
 EXPIRE_POLL_S = 60.0
@@ -40,7 +44,8 @@ ALL_READY_POLL_S = 5.0  # Serve's answer costs tens of milliseconds here and in 
 class Pipeline:
     """One replica: up to `max_active` jobs in flight, each with its own asyncio task.
 
-    `handles` maps deployment names (topology.py) to Serve handles.
+    A model whose experts have their fill claims no more: were they all one model's, the experts of
+    the others would be idle. `handles` maps deployment names (topology.py) to Serve handles.
     """
 
     async def __init__(self, service: ResolvedService, handles: Mapping[str, Any]) -> None:
@@ -113,13 +118,13 @@ class Pipeline:
 
     async def _claim_loop(self) -> None:
         job = None
-        if len(self.attempts) < self.max_active:
+        if models := self._models_with_room():
             job = await self.store.claim(
                 self.worker,
                 lease_s=self.settings.lease_s,
                 max_attempts=self.settings.max_attempts,
                 max_failures=self.settings.max_failures,
-                models=self.models,
+                models=models,
             )
         if job is None:
             await asyncio.sleep(CLAIM_POLL_S)
@@ -135,6 +140,17 @@ class Pipeline:
         task = asyncio.create_task(attempt.run())
         self.attempts[attempt] = task
         task.add_done_callback(lambda _: self.attempts.pop(attempt))
+
+    def _models_with_room(self) -> list[str]:
+        if len(self.attempts) >= self.max_active:
+            return []
+        num_active = Counter(attempt.job.model for attempt in self.attempts)
+        return [
+            name
+            for name, stages in self.models.items()
+            if num_active[name]
+            < sum(line.num_places for line in stages.lines.values()) + JOBS_BESIDE_EXPERTS
+        ]
 
     async def _renew_loop(self) -> None:
         """Keeps the leases, and stops attempts that lost theirs or whose job is cancelled."""

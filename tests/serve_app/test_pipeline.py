@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from http_service import resolved
+from http_service import WAN_CONFIGS, resolved
 
 from cluster.errors import RankDied
 from serve_app import pipeline as module
@@ -107,11 +107,11 @@ class Running:
     stages: FakeStages
     store: JobStore
 
-    async def submit(self, **given) -> str:
-        params = VideoParams.for_model(WAN_TINY, num_steps=NUM_STEPS)
+    async def submit(self, model="wan-tiny", **given) -> str:
+        params = VideoParams.for_model(WAN_CONFIGS[model], num_steps=NUM_STEPS)
         job = await self.store.submit(
             NewJob(
-                model="wan-tiny", prompt="a cat", params=dataclasses.asdict(params),
+                model=model, prompt="a cat", params=dataclasses.asdict(params),
                 num_steps=NUM_STEPS, predicted_s=1.0, **given,
             )
         )  # fmt: skip
@@ -129,22 +129,26 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path, monkeypatch, **jobs):
+async def running(tmp_path, monkeypatch, *, models=("wan-tiny",), pipeline=None, **jobs):
+    """Every expert has one replica, which takes one job at a time."""
     monkeypatch.setattr(retry_policy, "RETRY_DELAY_S", 0.01)
-    # Outside Serve there is nobody to ask; the lines keep the places they began with.
-    monkeypatch.setattr(module, "_num_running_replicas", lambda: {"Pipeline": 1})
+    expert = {"max_active_jobs": 1}
     service = resolved(
-        models={"wan-tiny": {"checkpoint": "x"}},
+        models={
+            name: {"checkpoint": name, "high_noise_expert": expert, "low_noise_expert": expert}
+            for name in models
+        },
         data_dir=str(tmp_path),
         jobs={"lease_s": 2, "max_attempts": 3} | jobs,
+        **({"pipeline": pipeline} if pipeline else {}),
     )
     stages = FakeStages(service)
     pipeline = Pipeline.__new__(Pipeline)
     names = [stage.name for stage in service.stages]
+    # Outside Serve there is nobody to ask.
+    replicas = dict.fromkeys([*names, "Pipeline"], 1)
+    monkeypatch.setattr(module, "_num_running_replicas", lambda: replicas)
     await pipeline.__init__(service, dict.fromkeys(names, stages))
-    for line in pipeline.lines.values():
-        line.resize(1)
-        line.resize = lambda num_places: None
     try:
         yield Running(pipeline, stages, pipeline.store)
     finally:
@@ -298,6 +302,38 @@ async def test_the_most_urgent_job_goes_first_and_then_the_oldest(tmp_path, monk
         high = [call[1] for call in r.stages.calls if call[0] == "run" and call[2] < BOUNDARY]
         # The first was inside when the others came; it is behind the urgent one for its second.
         assert list(dict.fromkeys(high[1:])) == [urgent, *jobs]
+
+
+async def test_a_long_queue_of_one_model_leaves_the_others_their_experts(tmp_path, monkeypatch):
+    models = ("wan-tiny", "wan-tiny-i2v")
+    async with running(tmp_path, monkeypatch, models=models) as r:
+
+        async def hang_the_many(job, from_step, to_step):
+            if job.id != alone:
+                await asyncio.sleep(60)
+
+        alone = None
+        r.stages.on_run = hang_the_many
+        many = [await r.submit("wan-tiny") for _ in range(80)]
+        alone = await r.submit("wan-tiny-i2v")
+        assert (await r.wait(alone)).status == "completed"
+        claimed = [job_id for job_id in many if (await r.store.get(job_id)).attempt]
+        assert claimed == many[:4], "a place in each of two experts, and two more"
+
+
+async def test_the_jobs_of_all_models_together_are_bounded(tmp_path, monkeypatch):
+    models = ("wan-tiny", "wan-tiny-i2v")
+    bound = {"max_active": 3}
+    async with running(tmp_path, monkeypatch, models=models, pipeline=bound) as r:
+
+        async def hang(job, from_step, to_step):
+            await asyncio.sleep(60)
+
+        r.stages.on_run = hang
+        jobs = [await r.submit(model) for model in models for _ in range(3)]
+        await r.wait(jobs[2], "in_progress")
+        await asyncio.sleep(0.3)
+        assert [(await r.store.get(job_id)).attempt for job_id in jobs] == [1, 1, 1, 0, 0, 0]
 
 
 async def test_a_row_that_is_not_understood_fails_alone(tmp_path, monkeypatch):
