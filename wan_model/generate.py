@@ -52,7 +52,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and how precisely to compute it; changes speed and rounding, not the video."""
+    """Where and how precisely to compute it: the same video but for rounding.
+
+    With fp8 (`precision` or `attention`) that holds for one layout and number of threads: another
+    one tips some values to the next fp8 number, which moves the latents by percents.
+    """
 
     device: str = "cpu"
     dtype: str = "auto"

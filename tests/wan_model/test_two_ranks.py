@@ -1,5 +1,6 @@
 """What two ranks on gloo can show beyond the theorem: divided weights, xfuser's place, warm-up."""
 
+import contextlib
 import dataclasses
 import socket
 
@@ -22,6 +23,10 @@ from wan_model.xfuser_backend import XfuserSequenceParallel, xfuser_kernel
 
 VAE_TASKS = ("t2v-A14B", "ti2v-5B")  # VAE 2.1 and 2.2
 REUSE = {"cache": 1.0, "num_steps": 4}
+QUANTISED = {
+    "fp8 products": {"precision": "fp8"},
+    "fp8 products and attention": {"precision": "fp8", "attention": "fp8"},
+}
 CASES = {
     "whole weights": {},
     "divided weights": {"shard_weights": True},
@@ -53,6 +58,8 @@ def run_rank(rank: int, port: int, folders: dict[str, str], results) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     xfuser_package.install()
     for name, options in CASES.items():
+        results[name, rank] = latents_of(folder, ulysses_degree=2, **options)
+    for name, options in QUANTISED.items():
         results[name, rank] = latents_of(folder, ulysses_degree=2, **options)
     results["reused step", rank] = latents_of(folder, cfg_parallel=True, **REUSE)
     for task in VAE_TASKS:
@@ -101,8 +108,32 @@ def seen(tiny):
         )
         alone = {("frames alone", task): decoded(folder) for task, folder in folders.items()}
         alone["alone"] = latents_of(folders["t2v-A14B"])
+        with one_thread():
+            for name, options in QUANTISED.items():
+                alone["alone", name] = latents_of(folders["t2v-A14B"], **options)
         alone["alone, reused step"] = latents_of(folders["t2v-A14B"], **REUSE)
         return dict(results) | alone
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As each rank has: products are summed in another order by another number of threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_two_ranks_quantise_to_the_same_bits_as_one(seen, name):
+    """A difference of rounding would tip fp8 numbers, and no tolerance would tell it from a bug."""
+    expected, _ = seen["alone", name]
+    exact, _ = seen["alone"]
+    assert not np.array_equal(expected, exact)
+    for rank in range(2):
+        assert np.array_equal(seen[name, rank][0], expected)
 
 
 @pytest.mark.parametrize("name", CASES)
