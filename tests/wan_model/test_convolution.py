@@ -146,6 +146,18 @@ def test_cudnn_is_thought_as_quick_as_it_was_measured() -> None:
         assert measured[name, "cudnn"] / ours < thought + 0.03, name  # runs differ by 3 %
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("96", True), ("192", True), ("384", True), ("1024", False)]
+)
+def test_on_an_h200_our_kernel_is_taken_where_it_is_quicker(monkeypatch, name, expected) -> None:
+    monkeypatch.setattr(hopper, "num_processors", lambda device: 132)
+    c, num_out, t, h, w = CONVOLUTIONS[name]
+    weight = torch.empty(num_out, c, 3, 3, 3, device="meta")
+    for padding_h in (0, 1):
+        x = torch.empty(1, c, t + 2, h + 2 - 2 * padding_h, w, device="meta")
+        assert convolution._pays(x, weight, padding_h) is expected
+
+
 @pytest.mark.parametrize("n", convolution.RINGS)
 def test_the_rings_fit_into_shared_memory(n: int) -> None:
     assert convolution._kernel(n).shared_bytes <= 232_448
