@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -22,10 +24,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from serve_app.job_schema import QUEUED, StoreUnavailable
 
+logger = logging.getLogger(__name__)
+
 P, T = ParamSpec("P"), TypeVar("T")
 
 BUSY_TIMEOUT_S = 30  # how long a SQLite writer waits for the others
 ANSWER_TIMEOUT_S = 20  # of PostgreSQL
+OPEN_PATIENCE_S, OPEN_RETRY_S = 300.0, 2.0
 # Names of PostgreSQL advisory locks; any numbers that nothing else in the database uses.
 MIGRATION_LOCK, SUBMIT_LOCK = 0x57414E01, 0x57414E02
 
@@ -125,13 +130,29 @@ class JobDatabase:
         self._engine = engine
 
     @classmethod
-    async def open(cls, url: str) -> JobDatabase:
+    async def open(cls, url: str, *, patience_s: float = OPEN_PATIENCE_S) -> JobDatabase:
         """Connect and bring the table to the newest revision; many processes may open at once.
+
+        A database that may come up later than its users is waited for: Serve gives a deployment up
+        after three failed constructors, but sets a constructor no time.
 
         Raises:
             ValueError: neither `sqlite:///FILE` nor `postgresql://...`.
-            StoreUnavailable: nobody answers there.
+            StoreUnavailable: nobody answered there for `patience_s`.
         """
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return await cls._open(url)
+            except StoreUnavailable as error:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise
+                logger.warning("%s: waiting for it, %.0f s more at most", error, left_s)
+            await asyncio.sleep(min(OPEN_RETRY_S, left_s))
+
+    @classmethod
+    async def _open(cls, url: str) -> JobDatabase:
         parsed = _parse(url)
         if parsed.get_backend_name() == "postgresql":
             database = cls(_postgresql_engine(parsed))

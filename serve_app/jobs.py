@@ -23,7 +23,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serve_app import job_transitions as transitions
 from serve_app import webhook_store
-from serve_app.job_database import SUBMIT_LOCK, JobDatabase, jobs, runs_to_its_end
+from serve_app.job_database import (
+    OPEN_PATIENCE_S,
+    SUBMIT_LOCK,
+    JobDatabase,
+    jobs,
+    runs_to_its_end,
+)
 from serve_app.job_schema import (
     FINISHED,
     IN_PROGRESS,
@@ -90,18 +96,20 @@ class JobStore:
         *,
         retention_s: float | None = None,
         announces_ends: bool = False,
+        patience_s: float = OPEN_PATIENCE_S,
         clock: Callable[[], float] = time.time,
     ) -> JobStore:
         """Connect and bring the table to the newest revision; many processes may open at once.
 
         `url`: `sqlite:///FILE` or `postgresql://...`. Finished jobs expire `retention_s` after
         their end (None = never). With `announces_ends` the transaction that completes or fails a
-        job also leaves a webhook delivery in `deliveries`.
+        job also leaves a webhook delivery in `deliveries`. A database that does not answer yet is
+        waited for, up to `patience_s`.
 
         Raises:
             ValueError: a database other than these two, or SQLite without a file.
         """
-        database = await JobDatabase.open(url)
+        database = await JobDatabase.open(url, patience_s=patience_s)
         return cls(database, retention_s=retention_s, announces_ends=announces_ends, clock=clock)
 
     async def close(self) -> None:

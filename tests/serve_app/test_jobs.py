@@ -547,6 +547,23 @@ async def test_a_database_that_is_down_is_a_retryable_error_and_heals(
     await store.close()
 
 
+async def test_a_database_that_is_not_up_yet_is_waited_for(postgres_server, caplog):
+    url = postgres_server.create_database()
+    postgres_server.stop()
+    try:
+        opening = asyncio.create_task(JobStore.open(url))
+        await asyncio.sleep(0.5)
+        assert not opening.done()
+        assert "cannot be reached" in caplog.text and "waiting for it" in caplog.text
+        with pytest.raises(StoreUnavailable):
+            await JobStore.open(url, patience_s=0)
+    finally:
+        postgres_server.start()
+    store = await asyncio.wait_for(opening, 20)
+    assert await store.list() == []
+    await store.close()
+
+
 @pytest.mark.parametrize("url", ["mysql://h/d", "sqlite://", "sqlite:///:memory:"])
 async def test_a_database_that_cannot_hold_jobs_is_refused(url):
     with pytest.raises(ValueError, match="sqlite:///"):
