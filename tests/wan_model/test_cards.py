@@ -66,6 +66,17 @@ def test_engines_warm_up_on_this_card(tiny, task):
         engine.warm_up()
 
 
+@needs_card
+def test_float32_on_a_card_makes_the_latents_of_a_cpu(tiny, tmp_path):
+    where = ["--checkpoint", str(tiny("t2v-A14B")), "--dtype", "float32", "--attention", "sdpa"]
+    made = []
+    for device in ("cpu", "cuda"):
+        path = tmp_path / f"{device}.safetensors"
+        assert main([*where, "--device", device, "--output", str(path), *FAST]) == 0
+        made.append(load_file(path)["latents"])
+    assert np.abs(made[1] - made[0]).max() <= TOLERANCE
+
+
 @needs_cards
 def test_frames_of_the_second_card_have_arrived_when_they_are_given_out(tiny):
     state = {"latents": np.random.default_rng(0).standard_normal((16, 5, 60, 60), np.float32)}

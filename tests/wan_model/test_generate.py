@@ -297,3 +297,14 @@ def test_a_first_frame_that_is_not_imposed_is_seen(tiny, monkeypatch):
     expected = diffusers_latents(made, folder)
     monkeypatch.setattr(engine_module, "_impose_first_frame", lambda state, conditioning: state)
     assert np.abs(generate(made)["latents"] - expected)[:, 1:].max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("dtype, exact", [("float32", True), ("auto", False)])
+def test_float32_on_a_gpu_is_not_rounded_to_tf32(monkeypatch, dtype, exact):
+    flags = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    for flag in flags:
+        monkeypatch.setattr(flag, "allow_tf32", True)
+    engine_module.resolve_dtype(dtype, "cuda")
+    assert [flag.allow_tf32 for flag in flags] == [not exact] * 2
+    with pytest.raises(ValueError, match="dtype must be auto, float32 or bfloat16, not 'half'"):
+        engine_module.resolve_dtype("half", "cuda")
