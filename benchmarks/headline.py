@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -89,7 +90,11 @@ class Headline:
         if self.args.dry_run:
             write_tiny_checkpoint(self.checkpoint, task="t2v-A14B", overwrite=True)
         elif not self.checkpoint.exists():
-            write_full_size_checkpoint(self.checkpoint, device=self.device)
+            partial = self.checkpoint.with_suffix(".partial")
+            if partial.exists():  # of a run that was interrupted
+                shutil.rmtree(partial)
+            write_full_size_checkpoint(partial, device=self.device)
+            partial.rename(self.checkpoint)
             torch.cuda.empty_cache()
 
     def layout(self, layout: Layout, cases: list[str], kills: bool) -> None:

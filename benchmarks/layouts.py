@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,8 +114,11 @@ def serve_config(layout: Layout, checkpoint: Path, *, on_cpu: bool) -> dict[str,
 def running(
     layout: Layout, checkpoint: Path, folder: Path, *, on_cpu: bool
 ) -> Iterator[dict[str, Any]]:
-    """The service of a layout, ready. Raises demo.DemoFailed when it does not become so."""
+    """The service of a layout, ready and without jobs. Raises demo.DemoFailed when it does not
+    become so."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "data").exists():
+        shutil.rmtree(folder / "data")
     config = folder / "serve.yaml"
     config.write_text(yaml.safe_dump(serve_config(layout, checkpoint, on_cpu=on_cpu)))
     environ = os.environ | {"WAN_DATA_DIR": str(folder / "data")}

@@ -1,16 +1,20 @@
 """The layouts of the headline runs fit their node, and what a kill cost is read off the spans."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import full_size_checkpoint
+from benchmarks import headline as headline_module
+from benchmarks.gpu_timing import OutOfTime
 from benchmarks.headline import Headline
-from benchmarks.layouts import layouts, recovery, serve_config
+from benchmarks.layouts import layouts, recovery, running, serve_config
 from benchmarks.trace import JobTrace, Span
-from serve_app import stages
+from serve_app import demo, stages
 from serve_app.app import group_spec
 from serve_app.config import ServiceConfig
 from wan_model.config import T2V_A14B
@@ -66,10 +70,46 @@ def test_recovery_ends_when_the_successor_works():
     assert recovery(jobs[:1], killed_at=5)["seconds_to_recovery"] is None
 
 
+def headline_of(folder: Path) -> Headline:
+    numbers = {"dry_run": True, "num_gpus": 8, "budget_s": 0.0}
+    return Headline(SimpleNamespace(folder=folder, output=folder / "x.json", **numbers))
+
+
+def test_a_layout_begins_without_the_jobs_of_an_interrupted_run(tmp_path, monkeypatch):
+    left = tmp_path / "data" / "jobs.sqlite"
+    left.parent.mkdir()
+    left.write_text("jobs that would be gone on with")
+    (tmp_path / "notes").write_text("not ours")
+    monkeypatch.setattr(demo, "service", lambda *given: contextlib.nullcontext())
+    with running(layouts(2)[0], Path("model"), tmp_path, on_cpu=True):
+        assert not left.exists()
+    assert (tmp_path / "notes").exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_written_again(tmp_path, monkeypatch):
+    written = []
+
+    def write(folder: Path, *, device: str) -> None:
+        folder.mkdir()  # an error where something is left
+        written.append(folder)
+        if len(written) == 1:
+            raise OutOfTime("in the middle")
+        (folder / "model_index.json").write_text("{}")
+
+    monkeypatch.setattr(headline_module, "write_full_size_checkpoint", write)
+    headline = headline_of(tmp_path)
+    headline.args.dry_run = False
+    with pytest.raises(OutOfTime):
+        headline.write_checkpoint()
+    headline.write_checkpoint()
+    headline.write_checkpoint()
+    assert len(written) == 2
+    assert [path.name for path in headline.checkpoint.iterdir()] == ["model_index.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
 def test_the_table_says_what_was_not_done(tmp_path):
-    args = type("Args", (), {"dry_run": True, "folder": tmp_path, "num_gpus": 8,
-                             "output": tmp_path / "x.json", "budget_s": 0.0})()  # fmt: skip
-    headline = Headline(args)
+    headline = headline_of(tmp_path)
     headline.record.case("split 4:4", lambda: pytest.fail("it ran"), limit_s=100)
     assert "not done: split 4:4: OutOfTime: the run's budget is spent" in headline.table()
 
