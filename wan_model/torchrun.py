@@ -39,14 +39,21 @@ class Processes:
     def join(self, device: str) -> str:
         """Resolves "auto" and joins the process group, if there is one to join.
 
-        Returns the device of this rank. Raises ValueError for a device that is not there.
+        Returns the device of this rank. Raises ValueError for a device that is not there, and for
+        one GPU that all ranks would share.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"device {device}: no CUDA device is available")
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if device not in ("cpu", "cuda", *gpus):
+            known = ", ".join(("auto", "cpu", "cuda", *gpus))
+            raise ValueError(f"device {device} is not there: use one of {known}")
         if self._store is None:
             return device
+        if device in gpus:
+            raise ValueError(f"device {device} is one GPU for every rank: use cuda under torchrun")
         if device == "cuda":
             device = f"cuda:{self._local_gpu()}"
             torch.cuda.set_device(device)

@@ -87,6 +87,7 @@ def mistakes():
         case("--checkpoint {folder}", "is not a Wan checkpoint"),
         case("--checkpoint {folder}/none", "none"),
         case("--ulysses-degree 2", "cfg 1 * ring 1 * ulysses 2 = 2 != 1 ranks"),
+        case("--device gpu", "device gpu is not there"),
         case("--attention fast", "--attention: invalid choice"),
         case("--unknown", "--unknown"),
     ]

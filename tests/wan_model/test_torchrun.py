@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
 
@@ -56,6 +58,25 @@ def rank_of(store: dist.Store, rank: int) -> Processes:
     processes = Processes()
     processes._store, processes.rank, processes.num_ranks = store, rank, 2
     return processes
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:2", "cuda:x", "cuda:", "cpu:0"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError) as caught:
+        Processes().join(device)
+    assert str(caught.value) == (
+        f"device {device} is not there: use one of auto, cpu, cuda, cuda:0, cuda:1"
+    )
+    assert Processes().join("cuda:1") == "cuda:1"
+
+
+def test_ranks_do_not_share_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="cuda:0 is one GPU for every rank: use cuda under"):
+        rank_of(dist.HashStore(), 0).join("cuda:0")
 
 
 def test_the_other_ranks_are_silent_when_the_first_has_said_it(capsys):
