@@ -46,14 +46,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     """ "auto" is bfloat16 on a GPU and float32 on a CPU.
 
-    float32 turns TF32 off for this process: torch's default lets convolutions round to 10 bits.
+    float32 turns off TF32, to which torch by default lets convolutions round, in this process.
     """
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, not {dtype!r}")
     if dtype == "float32":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
     return DTYPES[dtype]
 
 
