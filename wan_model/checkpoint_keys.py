@@ -73,18 +73,12 @@ TRANSFORMER_MODULES = {
 }
 """official -> diffusers; a `modulation` is a parameter itself, the others have weight and bias."""
 
-_TO_OFFICIAL = {theirs: official for official, theirs in TRANSFORMER_MODULES.items()}
 _FUSED = {"self_attn.qkv": ("q", "k", "v"), "cross_attn.kv": ("k", "v")}
 
 
 def official_to_diffusers_transformer(key: str) -> str:
     """Raises KeyError for a key that the transformer does not have."""
     return _rename(key, TRANSFORMER_MODULES)
-
-
-def diffusers_to_official_transformer(key: str) -> str:
-    """Raises KeyError for a key that the transformer does not have."""
-    return _rename(key, _TO_OFFICIAL)
 
 
 def official_to_ours(key: str) -> Slot:
@@ -191,11 +185,6 @@ _TEXT_ENCODER_MODULES = {
 _TO_OFFICIAL_TEXT_ENCODER = {theirs: ours for ours, theirs in _TEXT_ENCODER_MODULES.items()}
 TIED_EMBEDDING = "encoder.embed_tokens.weight"
 """The second name of `shared.weight`: files may hold either, or both."""
-
-
-def official_to_hf_text_encoder(key: str) -> str:
-    """Raises KeyError for a key that the text encoder does not have."""
-    return _rename(key, _TEXT_ENCODER_MODULES)
 
 
 def text_encoder_slots(names: Iterable[str], layout: Layout) -> dict[str, Slot]:

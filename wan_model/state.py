@@ -31,10 +31,6 @@ class Conditioning:
     image_channels: Tensor | None = None
     first_frame: Tensor | None = None
 
-    def to_arrays(self) -> Arrays:
-        named = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: _to_array(tensor) for name, tensor in named.items() if tensor is not None}
-
     @classmethod
     def from_arrays(cls, arrays: Arrays, device: torch.device | str = "cpu") -> Conditioning:
         """Raises ValueError for a name that is not a field."""

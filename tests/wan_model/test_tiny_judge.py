@@ -33,7 +33,7 @@ def _blurred_and_noisy(frames: np.ndarray, sigma_px: float, noise: float) -> np.
 def _through_mp4(frames: np.ndarray) -> np.ndarray:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=data.FPS, options={"crf": "28"})
+        stream = container.add_stream("libx264", rate=8, options={"crf": "28"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

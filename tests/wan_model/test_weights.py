@@ -20,9 +20,6 @@ from transformers import UMT5EncoderModel
 
 from wan_model import checkpoint_config
 from wan_model.checkpoint_keys import (
-    diffusers_to_official_transformer,
-    official_to_diffusers_transformer,
-    official_to_hf_text_encoder,
     text_encoder_slots,
     to_ours,
     transformer_slots,
@@ -140,8 +137,7 @@ def test_the_key_maps_cover_the_released_models_exactly(config):
     diffusers = transformer_slots(ours, "diffusers")
     shapes = {key: slot.shape(ours[slot.name]) for key, slot in diffusers.items()}
     assert shapes == {key: tuple(tensor.shape) for key, tensor in theirs.items()}
-    for key in official:
-        assert diffusers_to_official_transformer(official_to_diffusers_transformer(key)) == key
+    assert len(diffusers) == len(official)
     assert len(vae_slots(vae, "official", config.vae)) == (194 if config.vae.z_dim == 16 else 196)
     renamed = to_ours(their_vae, vae_slots(vae, "diffusers", config.vae))
     assert {k: t.shape for k, t in renamed.items()} == {k: t.shape for k, t in vae.items()}
@@ -153,9 +149,7 @@ def test_the_text_encoder_map_covers_the_released_model_exactly():
         model = build_umt5(TextEncoderConfig())
     assert sum(parameter.numel() for parameter in model.parameters()) == 5_680_910_336
     official = text_encoder_slots(model.state_dict(), "official")
-    assert {official_to_hf_text_encoder(key) for key in official} == dict(
-        model.named_parameters()
-    ).keys()
+    assert {slot.name for slot in official.values()} == dict(model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("config", [VAE_2_1, VAE_2_2], ids=lambda c: c.version)

@@ -16,7 +16,6 @@ from itertools import product
 import numpy as np
 
 NUM_FRAMES = 17
-FPS = 8
 SIZE = 128
 
 SHAPES = ("circle", "square", "triangle", "star")

@@ -25,7 +25,6 @@ from wan_model.config import (
 from wan_model.tiny.data import VOCABULARY
 
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-UNKNOWN_TOKEN_ID = 2
 
 TEXT_ENCODER = TextEncoderConfig(
     vocab_size=128, d_model=128, d_kv=32, d_ff=192, num_layers=2, num_heads=4
