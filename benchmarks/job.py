@@ -49,7 +49,14 @@ CASES = {
     "720p-4": Case(
         title="T2V-A14B 1280x720x81, 4 steps, no guidance",
         config=T2V_A14B,
-        params={"width": 1280, "height": 720, "num_steps": 4, "solver": "euler", "guidance": 1.0},
+        params={
+            "width": 1280,
+            "height": 720,
+            "num_steps": 4,
+            "solver": "euler",
+            "shift": 5.0,
+            "guidance": 1.0,
+        },  # fmt: skip
     ),
     "ti2v-50": Case(
         title="TI2V-5B 1280x704x121, 50 steps",

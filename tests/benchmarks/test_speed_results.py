@@ -133,11 +133,13 @@ def test_the_readmes_jobs_are_the_stored_ones() -> None:
 
 
 def test_the_readmes_trajectories_are_the_stored_ones() -> None:
-    content = stored("trajectories-h200")
-    assert not content["failures"]
-    rows = {(row["case"], row["precision"]): row for row in content["rows"]}
-    titles = list(dict.fromkeys(row["case"] for row in content["rows"]))
-    told = table("trajectories of A14B at full size")
+    rows = {
+        (row["case"], row["precision"]): row
+        for name in ("trajectories-h200", "job-h200")
+        for row in stored(name)["rows"]
+    }
+    titles = list(dict.fromkeys(case for case, _ in rows))
+    told = table("trajectories at full size")
     for title, (_, beside, *cells) in zip(titles, told, strict=True):
         assert rows[title, beside]["trajectory_error"] == 0
         for precision, cell in zip(("bf16", "fp8", "fp8-attention"), cells, strict=True):
@@ -160,3 +162,47 @@ def test_the_readmes_scaling_is_the_stored_one() -> None:
         expected.append([f"{alone:.2f} s", f"{both['seconds']:.2f} s", scaling, error])
     told = [row[1:] for row in table("| one GPU | two GPUs |")]
     assert [[*row[:3], row[3].removesuffix(" %")] for row in told] == expected
+
+
+def test_the_readmes_comparison_with_xfuser_is_the_stored_one() -> None:
+    rows = {(row["impl"], row["way"]): row for row in stored("xfuser-h200x2")["rows"]}
+    told = {impl: cells for impl, *cells in table("| one GPU | Ulysses 2 | ring 2 |")}
+    for (impl, way), row in rows.items():
+        name = {"xfuser": "xfuser, on our networks", "diffusers": "Diffusers"}.get(impl, impl)
+        cells = told[name]
+        assert cells[("one GPU", "ulysses", "ring").index(way)] == f"{row['seconds']:.3f} s"
+
+
+def test_the_readmes_precisions_of_a_group_are_the_stored_ones() -> None:
+    rows = {(row["name"], row["way"]): row for row in stored("precisions-h200x2")["rows"]}
+    names = ("bf16 hopper", "fp8", "fp8, attention fp8", "bf16 plain blocks")
+    *told, (_, _, seconds, scaling, error) = table("| one GPU | Ulysses 2 | scaling | difference |")
+    for name, (_, *cells) in zip(names, told, strict=True):
+        one, two = rows[name, "one GPU"], rows[name, "ulysses 2"]
+        assert cells[:2] == [f"{row['seconds']:.3f} s" for row in (one, two)]
+        assert cells[2:] == [f"{100 * two['scaling'][name]:.1f} %", "0"]
+        assert two["relative_rms"][name] == 0
+    sharded = rows["bf16 fsdp", "ulysses 2"]
+    beside = sharded["scaling"]["bf16 plain blocks"]
+    assert (seconds, scaling) == (f"{sharded['seconds']:.3f} s", f"{100 * beside:.1f} %")
+    assert error == "0" and sharded["relative_rms"]["bf16 plain blocks"] == 0
+
+
+def test_the_readmes_layouts_are_the_stored_ones() -> None:
+    content = stored("headline-h200x2")
+    names = ("split 1:1", "2 whole models", "one group")
+    for row, name, (_, *cells) in zip(
+        content["throughput"], names, table("layout | ready after"), strict=True
+    ):
+        found = row["figures"]
+        high, low = (found["stages"][f"{e}NoiseExpert"]["call_s"]["mean"] for e in ("High", "Low"))
+        busiest = max(stage["busy_share"] for stage in found["stages"].values())
+        assert row["layout"] == name and found["num_completed"] == 6
+        assert cells == [
+            f"{row['start_s']:.0f} s", f"{found['jobs_per_hour']:.0f}",
+            f"{found['latency_s']['p95']:.1f} s", f"{high:.1f} and {low:.1f} s",
+            f"{100 * busiest:.0f} %",
+        ]  # fmt: skip
+    recovery = content["recovery"]
+    assert f"{recovery['seconds_to_recovery']:.1f} s, {recovery['num_lost']} of" in SPEED
+    assert recovery["num_jobs"] == 18
