@@ -2,7 +2,7 @@
 
 Owns the translation between the two: xfuser's process groups, its runtime state, its layout and
 its names of kernels. Everything else (sharding, padding, gathering, cfg) stays ours. Written for
-xfuser 0.7; imported, with all it pulls in, only when it was chosen, and only a CUDA machine can.
+xfuser 0.7; imported, with all it pulls in, only when it was chosen. It needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class XfuserSequenceParallel(SequenceParallel):
     """`SequenceParallel` whose attention is xfuser's."""
 
     def __init__(self, mesh: Mesh, attention: str, *, num_heads: int, device: str) -> None:
-        """Collective. Raises ValueError where xfuser is missing or cannot be imported."""
+        """Collective. Raises ValueError where xfuser is missing or cannot run."""
         super().__init__(mesh, attention)
         self.kernel = xfuser_kernel(attention, mesh.dims, device=device)
         self.usp = _start(mesh, self.kernel, num_heads=num_heads, device=device)
@@ -65,15 +65,20 @@ def xfuser_kernel(attention: str, dims: ParallelDims, *, device: str) -> str:
 
 
 def _start(mesh: Mesh, kernel: str, *, num_heads: int, device: str) -> Any:
-    """Makes xfuser's groups beside ours, on the same ranks; its USP function."""
+    """Makes xfuser's groups beside ours, on the same ranks; its USP function. Raises ValueError
+    where there is no device for it."""
     distributed, config, usp = _import()
     dims = mesh.dims
     if distributed.model_parallel_is_initialized():  # there is one set of groups in a process
         importlib.import_module(distributed.__name__ + ".parallel_state").destroy_model_parallel()
     # Ranks are numbered alike: cfg outside, ring, Ulysses inside.
-    distributed.init_distributed_environment(
-        world_size=dims.world_size, rank=mesh.rank, local_rank=torch.device(device).index or 0
-    )
+    local_rank = torch.device(device).index or 0
+    try:
+        distributed.init_distributed_environment(
+            world_size=dims.world_size, rank=mesh.rank, local_rank=local_rank
+        )
+    except RuntimeError as error:  # PyTorch for CUDA, but no GPU
+        raise _not_here("started", error) from error
     distributed.initialize_model_parallel(
         classifier_free_guidance_degree=2 if dims.cfg_parallel else 1,
         sequence_parallel_degree=dims.sp_degree,
@@ -105,8 +110,12 @@ def _import() -> tuple[Any, Any, Any]:
     try:
         return tuple(importlib.import_module(name) for name in names)
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"parallel backend xfuser cannot be imported ({reason}): it needs a CUDA device and"
-            " Triton; use parallel backend own elsewhere"
-        ) from error
+        raise _not_here("imported", error) from error
+
+
+def _not_here(done: str, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(
+        f"parallel backend xfuser cannot be {done} ({reason}): it needs a CUDA device and"
+        " Triton; use parallel backend own elsewhere"
+    )

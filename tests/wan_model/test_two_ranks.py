@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import xfuser_package
 from test_parallel import SIZES, TOLERANCE, conditioning
 
 from wan_model import engine as engine_module
+from wan_model import xfuser_backend
 from wan_model.config import ParallelDims
 from wan_model.engine import ExpertEngine, VAEEngine
 from wan_model.parallel import make_mesh
@@ -194,6 +196,24 @@ def test_our_kernels_have_their_names_in_xfuser():
         xfuser_kernel("flash_attn_4", ring, device="cpu")
     with pytest.raises(ValueError, match="sage does not work under xfuser"):
         xfuser_kernel("sage", one, device="cpu")
+
+
+def test_where_xfuser_finds_no_gpu_the_error_is_one_line(monkeypatch):
+    def init_distributed_environment(**where):
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check ...")
+
+    distributed = SimpleNamespace(
+        model_parallel_is_initialized=lambda: False,
+        init_distributed_environment=init_distributed_environment,
+    )
+    monkeypatch.setattr(xfuser_backend, "_import", lambda: (distributed, None, None))
+    mesh = SimpleNamespace(dims=ParallelDims(ulysses_degree=2), rank=0)
+    with pytest.raises(ValueError) as caught:
+        XfuserSequenceParallel(mesh, "sdpa", num_heads=2, device="cpu")
+    assert str(caught.value) == (
+        "parallel backend xfuser cannot be started (Found no NVIDIA driver on your system.): it"
+        " needs a CUDA device and Triton; use parallel backend own elsewhere"
+    )
 
 
 def test_without_xfuser_the_error_says_what_to_install():
