@@ -9,14 +9,14 @@ checkpoint; the first one has none, but a branch has its source's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from serve_app.artifacts import ArtifactCorrupt, ArtifactError, ArtifactMissing
-from serve_app.jobs import Job, StoreUnavailable
+from serve_app.job_schema import FINISHED
+from serve_app.jobs import Job, Renewal, StoreUnavailable
 from serve_app.line import Line
 from serve_app.preview import Preview
 from serve_app.prompt_extension import prompt_to_encode
@@ -83,24 +83,40 @@ class Attempt:
         self.reports: list[StageReport] = []
 
     async def run(self) -> None:
-        """Ends the attempt in the job table, whatever happens in it; raises nothing."""
+        """Ends the attempt in the job table, whatever happens in it; raises nothing.
+
+        A job that ended loses its checkpoints; a cancelled one all else as it expires, at once.
+        """
+        try:
+            written = await self._work()
+        except StoreUnavailable as error:  # the next claim ends it
+            logger.warning("%s: attempt given up, no job store: %s", self.job.id, error)
+            return
+        if written.status in FINISHED:
+            logger.info("%s: %s in attempt %d", self.job.id, written.status, self.job.attempt)
+            await cleaned_up(self.pipeline.artifacts.delete_prefix(checkpoints_of(self.job.id)))
+
+    async def _work(self) -> Renewal:
+        """The whole attempt. Returns the write that ended it."""
+        job_id, number = self.job.id, self.job.attempt
         try:
             try:
                 artifacts = await self._make()
             finally:
                 self.preview.cancel()
-            await self._finish(artifacts)
+            return await self.store.complete(job_id, number, artifacts=artifacts)
         except asyncio.CancelledError:
             if self.stop is JobCancelled:
-                await self._cancelled()
+                return await self.store.cancelled(job_id, number)
         except LeaseLost:
-            logger.info("%s: attempt %d lost its lease", self.job.id, self.job.attempt)
+            logger.info("%s: attempt %d lost its lease", job_id, number)
         except JobCancelled:
-            await self._cancelled()
-        except StoreUnavailable as error:
-            logger.warning("%s: attempt given up, no job store: %s", self.job.id, error)
+            return await self.store.cancelled(job_id, number)
+        except StoreUnavailable:
+            raise
         except Exception as error:
-            await self._failed(error)
+            return await self._failed(error)
+        return Renewal(held=False)
 
     async def _make(self) -> dict[str, Any]:
         """The stages in order. Returns the artifacts of the finished job."""
@@ -208,42 +224,30 @@ class Attempt:
         if renewal.cancel_requested:
             raise JobCancelled(self.job.id)
 
-    async def _finish(self, artifacts: dict[str, Any]) -> None:
-        if await self.store.complete(self.job.id, self.job.attempt, artifacts=artifacts):
-            logger.info("%s: completed in attempt %d", self.job.id, self.job.attempt)
-            await cleaned_up(self.pipeline.artifacts.delete_prefix(checkpoints_of(self.job.id)))
-
-    async def _cancelled(self) -> None:
-        with contextlib.suppress(StoreUnavailable):  # the next claim ends it
-            if await self.store.cancelled(self.job.id, self.job.attempt):
-                await cleaned_up(self.pipeline.artifacts.delete_prefix(self.job.id))
-
-    async def _failed(self, error: Exception) -> None:
+    async def _failed(self, error: Exception) -> Renewal:
         job_id, number = self.job.id, self.job.attempt
         logger.warning("%s: attempt %d: %s", job_id, number, error, exc_info=error)
-        with contextlib.suppress(StoreUnavailable):
-            if is_blameless(error):
-                await self.store.release(job_id, number)
-            elif is_retryable(error) or await self._starts_over(error):
-                await self.store.retry(
-                    job_id,
-                    number,
-                    reason=reason_of(error),
-                    max_attempts=self.pipeline.settings.max_attempts,
-                    max_failures=self.pipeline.settings.max_failures,
-                    delay_s=retry_delay_s(self.job.failures),
-                )
-            elif isinstance(error, ArtifactMissing | ArtifactCorrupt) and self.job.branch_from:
-                await self.store.fail(
-                    job_id, number, code="boundary_state_gone", message=BRANCH_LOST_MESSAGE
-                )
-            elif isinstance(error, ValueError):
-                message = str(getattr(error, "cause", error))
-                await self.store.fail(job_id, number, code="invalid_request", message=message)
-            else:
-                await self.store.fail(
-                    job_id, number, code="internal_error", message=INTERNAL_MESSAGE
-                )
+        if is_blameless(error):
+            return await self.store.release(job_id, number)
+        if is_retryable(error) or await self._starts_over(error):
+            return await self.store.retry(
+                job_id,
+                number,
+                reason=reason_of(error),
+                max_attempts=self.pipeline.settings.max_attempts,
+                max_failures=self.pipeline.settings.max_failures,
+                delay_s=retry_delay_s(self.job.failures),
+            )
+        code, message = self._verdict(error)
+        return await self.store.fail(job_id, number, code=code, message=message)
+
+    def _verdict(self, error: Exception) -> tuple[str, str]:
+        """(code, message) of a failure that no other attempt would help."""
+        if isinstance(error, ArtifactMissing | ArtifactCorrupt) and self.job.branch_from:
+            return "boundary_state_gone", BRANCH_LOST_MESSAGE
+        if isinstance(error, ValueError):
+            return "invalid_request", str(getattr(error, "cause", error))
+        return "internal_error", INTERNAL_MESSAGE
 
     async def _starts_over(self, error: Exception) -> bool:
         """Forgets a checkpoint that cannot be read: the next attempt begins from the state at the
@@ -260,9 +264,11 @@ class Attempt:
         return True
 
 
-async def cleaned_up(deletion: Awaitable[None]) -> None:
-    """What cannot be deleted now stays: no job's end waits for it."""
+async def cleaned_up(deletion: Awaitable[None]) -> bool:
+    """Whether it is deleted. What cannot be now stays: no job's end waits for it."""
     try:
         await deletion
     except ArtifactError as error:
         logger.warning("not deleted: %s", error)
+        return False
+    return True

@@ -123,10 +123,14 @@ class Job(NewJob):
 
 @dataclass(frozen=True, kw_only=True)
 class Renewal:
-    """What the owner of a lease learns from a write. Truthy while the lease is held."""
+    """What the owner of a lease learns from a write. Truthy while the lease is held.
+
+    `status`: what the write made of the job; None when it was refused, or was only a renewal.
+    """
 
     held: bool
     cancel_requested: bool = False
+    status: JobStatus | None = None
 
     def __bool__(self) -> bool:
         return self.held

@@ -110,8 +110,10 @@ def _moved_to(
 ) -> Values:
     """`status`, and what follows from whichever it turns out to be."""
     code, message = error
-    # Typed, because PostgreSQL takes a bare NULL for text.
-    expires_at = sa.literal(None if retention_s is None else now + retention_s, sa.Double)
+    # Nobody can see a cancelled job any more, so nothing of it is kept. Typed, because PostgreSQL
+    # takes a bare NULL for text.
+    kept_until = sa.literal(None if retention_s is None else now + retention_s, sa.Double)
+    expires_at = _when(status == CANCELLED, now, kept_until)
     ended, running = status.in_(FINISHED), status == IN_PROGRESS
     return {
         "status": status,

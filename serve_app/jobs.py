@@ -102,9 +102,9 @@ class JobStore:
         """Connect and bring the table to the newest revision; many processes may open at once.
 
         `url`: `sqlite:///FILE` or `postgresql://...`. Finished jobs expire `retention_s` after
-        their end (None = never). With `announces_ends` the transaction that completes or fails a
-        job also leaves a webhook delivery in `deliveries`. A database that does not answer yet is
-        waited for, up to `patience_s`.
+        their end (None = never), cancelled ones at once. With `announces_ends` the transaction that
+        completes or fails a job also leaves a webhook delivery in `deliveries`. A database that
+        does not answer yet is waited for, up to `patience_s`.
 
         Raises:
             ValueError: a database other than these two, or SQLite without a file.
@@ -205,7 +205,8 @@ class JobStore:
 
     @runs_to_its_end
     async def delete(self, job_id: str, *, owner: str | None = None) -> Job | None:
-        """Forget a finished job; the caller deletes its artifacts. None: unknown or unfinished."""
+        """Forget a finished job, whose artifacts the caller has deleted: without its row nobody
+        would. None: unknown or unfinished."""
         delete = (
             sa.delete(jobs)
             .where(_is_job(job_id, owner), _c.status.in_(FINISHED))
@@ -215,14 +216,14 @@ class JobStore:
             return await _first_job(connection, delete)
 
     @runs_to_its_end
-    async def expire(self, now: float | None = None, *, limit: int = 100) -> builtins.list[Job]:
-        """Forget at most `limit` jobs whose time is over; the caller deletes their artifacts."""
-        now = self._clock() if now is None else now
-        over = sa.select(_c.seq).where(_c.status.in_(FINISHED), _c.expires_at <= now)
-        over = over.limit(limit).with_for_update(skip_locked=True)
-        delete = sa.delete(jobs).where(_c.seq.in_(over)).returning(*_JOB_COLUMNS)
-        async with self._database.transaction(write=True) as connection:
-            return [_job(row) for row in await connection.execute(delete)]
+    async def expired(self, *, limit: int = 100) -> builtins.list[Job]:
+        """At most `limit` jobs whose time is over; a cancelled one's is at once. The caller deletes
+        their artifacts, and then them."""
+        over = sa.select(*_JOB_COLUMNS).where(
+            _c.status.in_(FINISHED), _c.expires_at <= self._clock()
+        )
+        async with self._database.transaction() as connection:
+            return [_job(row) for row in await connection.execute(over.limit(limit))]
 
     @runs_to_its_end
     async def queue_position(self, job_id: str) -> int | None:
@@ -383,23 +384,23 @@ class JobStore:
         values = {"revised_prompt": revised_prompt, "prompt_note": note}
         return await self._write(job_id, attempt, values)
 
-    async def complete(self, job_id: str, attempt: int, *, artifacts: dict[str, Any]) -> bool:
+    async def complete(self, job_id: str, attempt: int, *, artifacts: dict[str, Any]) -> Renewal:
         """End as completed, or as cancelled when that was asked for before."""
         values = transitions.completed(artifacts=artifacts, **self._ending())
-        return bool(await self._write(job_id, attempt, values))
+        return await self._write(job_id, attempt, values)
 
-    async def fail(self, job_id: str, attempt: int, *, code: str, message: str) -> bool:
+    async def fail(self, job_id: str, attempt: int, *, code: str, message: str) -> Renewal:
         """End as failed for good, or as cancelled when that was asked for before."""
         values = transitions.failed(code=code, message=message, **self._ending())
-        return bool(await self._write(job_id, attempt, values))
+        return await self._write(job_id, attempt, values)
 
-    async def cancelled(self, job_id: str, attempt: int) -> bool:
+    async def cancelled(self, job_id: str, attempt: int) -> Renewal:
         """The owner has stopped the work, as asked."""
-        return bool(await self._write(job_id, attempt, transitions.cancelled(**self._ending())))
+        return await self._write(job_id, attempt, transitions.cancelled(**self._ending()))
 
-    async def release(self, job_id: str, attempt: int) -> bool:
+    async def release(self, job_id: str, attempt: int) -> Renewal:
         """Give an unfinished job back (drain, shutdown): no failure, the next claim takes it."""
-        return bool(await self._write(job_id, attempt, transitions.released(**self._ending())))
+        return await self._write(job_id, attempt, transitions.released(**self._ending()))
 
     async def retry(
         self,
@@ -410,7 +411,7 @@ class JobStore:
         max_attempts: int,
         max_failures: int | None = None,
         delay_s: float = 0,
-    ) -> bool:
+    ) -> Renewal:
         """This attempt failed in a way that another may not: queue again after `delay_s`.
 
         The `max_attempts`-th failed attempt since the last checkpoint, or the `max_failures`-th in
@@ -423,7 +424,7 @@ class JobStore:
             delay_s=delay_s,
             **self._ending(),
         )
-        return bool(await self._write(job_id, attempt, values))
+        return await self._write(job_id, attempt, values)
 
     # --- statements ---------------------------------------------------------------------------
 
@@ -439,7 +440,9 @@ class JobStore:
         async with self._database.transaction(write=True) as connection:
             row = (await connection.execute(update)).first()
             await self._announce(connection, [row] if row else [])
-        return Renewal(held=row is not None, cancel_requested=bool(row and row.cancel_requested))
+        if row is None:
+            return Renewal(held=False)
+        return Renewal(held=True, cancel_requested=row.cancel_requested, status=row.status)
 
     async def _announce(
         self, connection: AsyncConnection, written: Collection[sa.Row[Any]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Mapping
@@ -169,8 +168,9 @@ class Pipeline:
                 task.cancel()
 
     async def _expire_loop(self) -> None:
-        for job in await self.store.expire(time.time()):
-            await cleaned_up(self.artifacts.delete_prefix(job.id))
+        for job in await self.store.expired():
+            if await cleaned_up(self.artifacts.delete_prefix(job.id)):
+                await self.store.delete(job.id)
         await asyncio.sleep(EXPIRE_POLL_S)
 
     async def _ready_loop(self) -> None:

@@ -245,9 +245,10 @@ class Videos:
     async def delete(self, owner: str, video_id: str) -> None:
         """Gone for the client now. A running job's worker learns it at its next step."""
         await self.get(owner, video_id)
-        await self._store.request_cancel(video_id, owner=owner)
-        if await self._store.delete(video_id, owner=owner) is not None:
+        job = await self._store.request_cancel(video_id, owner=owner)
+        if job is not None and job.finished:
             await self._artifacts.delete_prefix(video_id)
+            await self._store.delete(video_id, owner=owner)
 
     async def video(self, job: Job) -> Video:
         return self._video(job, *await self._queue(job))

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from serve_app.artifacts import Artifacts
+from serve_app.artifacts import Artifacts, ArtifactUnavailable
 from serve_app.config import ServiceConfig
 from serve_app.ingress import make_ingress_app
 from serve_app.jobs import Job, JobStore
@@ -63,6 +63,17 @@ class HttpService:
             transport=transport, base_url="http://service", verify=False, **kwargs
         ) as client:
             yield client
+
+
+class StorageThatMayBeDown(Artifacts):
+    """A folder in which nothing can be deleted while `is_down`."""
+
+    is_down = False
+
+    async def delete_prefix(self, prefix: str) -> None:
+        if self.is_down:
+            raise ArtifactUnavailable(f"artifact {prefix!r} cannot be reached")
+        await super().delete_prefix(prefix)
 
 
 @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ import logging
 import httpx
 import pytest
 from http_service import (
+    StorageThatMayBeDown,
     frames_of,
     http_service,
     make_video,
@@ -486,6 +487,19 @@ async def test_deleting_a_finished_video_deletes_its_files(service, client):
     assert (await client.delete(f"/v1/videos/{video_id}")).status_code == 200
     assert not await service.artifacts.exists(f"{video_id}/video.mp4")
     assert_error(await client.delete(f"/v1/videos/{video_id}"), 404)
+
+
+async def test_deleting_while_the_storage_is_down_can_be_repeated(tmp_path):
+    artifacts = StorageThatMayBeDown(str(tmp_path / "artifacts"))
+    async with http_service(tmp_path, artifacts=artifacts) as service, service.client() as client:
+        video_id = (await created(client))["id"]
+        await finish_next(service)
+        artifacts.is_down = True
+        assert_error(await client.delete(f"/v1/videos/{video_id}"), 503)
+        artifacts.is_down = False
+        assert (await client.delete(f"/v1/videos/{video_id}")).status_code == 200
+        assert not (tmp_path / "artifacts" / video_id).exists()
+        assert await service.store.list() == []
 
 
 @pytest.mark.parametrize("video_id", [UNKNOWN_ID, "x", "video_", "%00", "..", "video_%2e%2e"])

@@ -334,6 +334,17 @@ async def test_a_completed_job_carries_its_artifacts_and_no_lease(store, submit,
     assert not await store.complete(job.id, job.attempt, artifacts={})  # once
 
 
+async def test_a_write_says_what_it_made_of_the_job(store, submit, claim):
+    await submit()
+    job = await claim()
+    again = await store.retry(job.id, job.attempt, reason="r", max_attempts=2)
+    assert (again.held, again.status) == (True, "queued")
+    job = await claim()
+    over = await store.retry(job.id, job.attempt, reason="r", max_attempts=2)
+    assert over.status == "failed"
+    assert (await store.complete(job.id, job.attempt, artifacts={})).status is None, "refused"
+
+
 async def test_a_failed_job_says_why(store, submit, claim):
     await submit()
     job = await claim()
@@ -378,7 +389,7 @@ async def test_a_cancel_accepted_before_the_end_wins(store, submit, claim, clock
     assert await end()
     job = await store.get(job.id)
     assert (job.status, job.error_code, job.lease_until) == ("cancelled", None, None)
-    assert job.expires_at == clock.now + RETENTION_S
+    assert await store.expired() == [job], "nobody can see it any more"
 
 
 async def _lose(clock, claim):
@@ -417,8 +428,11 @@ async def test_finished_jobs_expire_and_others_stay(store, submit, claim, clock)
     await store.complete(done.id, 1, artifacts={})
     clock.advance(RETENTION_S - 1)
     waiting = await submit()
-    assert await store.expire() == []
-    assert [job.id for job in await store.expire(clock.now + 1)] == [done.id]
+    assert await store.expired() == []
+    clock.advance(1)
+    for _ in range(2):  # until it is deleted, as its artifacts were
+        assert [job.id for job in await store.expired()] == [done.id]
+    await store.delete(done.id)
     assert [job.id for job in await store.list()] == [waiting.id]
 
 

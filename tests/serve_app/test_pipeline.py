@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from http_service import WAN_CONFIGS, resolved
+from http_service import WAN_CONFIGS, StorageThatMayBeDown, resolved
 
 from cluster.errors import RankDied
 from serve_app import pipeline as module
@@ -60,6 +60,7 @@ class FakeStages:
         self.encode = Method(self._encode)
         self.run = Method(self._run)
         self.decode = Method(self._decode)
+        self.on_decode: Callable | None = None
         self.preview = Method(self._preview)
         self.on_preview: Callable | None = None
 
@@ -80,6 +81,9 @@ class FakeStages:
 
     async def _decode(self, job, final, checkpoint):
         self.calls.append(("decode", job.id))
+        if self.on_decode is not None:
+            await self.on_decode(job)
+        await self.artifacts.put(f"{job.id}/v", b"mp4")
         return dataclasses.replace(self._result("VAE", 0, 0), artifacts={"video": f"{job.id}/v"})
 
     async def _preview(self, job, boundary, checkpoint):
@@ -360,6 +364,57 @@ async def test_shutting_down_gives_the_jobs_back(tmp_path, monkeypatch):
     job = await store.get(job_id)
     assert (job.status, job.failures) == ("queued", 0)
     await store.close()
+
+
+# --- what goes, and when -----------------------------------------------------------------------
+
+
+async def test_of_a_job_given_up_no_checkpoint_stays(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch, keep_boundary_states=False) as r:
+
+        async def fail(job, from_step, to_step):
+            if from_step:
+                raise errors[-1]
+
+        r.stages.on_run = fail
+        for error in (ZeroDivisionError("for good"), RankDied("three times")):
+            errors = [error]
+            job = await r.wait(await r.submit())
+            assert job.status == "failed"
+            await eventually_gone(r.stages.artifacts, job.checkpoint)
+
+
+async def test_of_a_job_cancelled_at_the_last_moment_nothing_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EXPIRE_POLL_S", 0.05)
+    async with running(tmp_path, monkeypatch) as r:
+
+        async def cancel(job):
+            await r.store.request_cancel(job.id)
+
+        r.stages.on_decode = cancel
+        job_id = await r.submit()
+        await eventually_forgotten(r, job_id)
+        assert not (tmp_path / "artifacts" / job_id).exists()
+
+
+async def test_a_job_is_forgotten_after_its_files_and_not_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EXPIRE_POLL_S", 0.05)
+    async with running(tmp_path, monkeypatch, retention_s=0.5) as r:
+        artifacts = r.pipeline.artifacts = StorageThatMayBeDown(str(tmp_path / "artifacts"))
+        artifacts.is_down = True
+        job_id = await r.submit()
+        assert (await r.wait(job_id)).status == "completed"
+        await asyncio.sleep(1.0)
+        assert await r.store.get(job_id) is not None
+        artifacts.is_down = False
+        await eventually_forgotten(r, job_id)
+        assert not (tmp_path / "artifacts" / job_id).exists()
+
+
+async def eventually_forgotten(r: Running, job_id: str) -> None:
+    async with asyncio.timeout(10):
+        while await r.store.get(job_id) is not None:
+            await asyncio.sleep(0.02)
 
 
 # --- the boundary ----------------------------------------------------------------------------
