@@ -206,3 +206,8 @@ def test_the_readmes_layouts_are_the_stored_ones() -> None:
     recovery = content["recovery"]
     assert f"{recovery['seconds_to_recovery']:.1f} s, {recovery['num_lost']} of" in SPEED
     assert recovery["num_jobs"] == 18
+    told = {"split 1:1, after the recovery": 696, "2 whole models": 609, "one group": 533}
+    for name, ended in content["decodes_ended_s"].items():
+        at_once = 2 if name == "2 whole models" else 1  # they leave in pairs
+        every_s = (ended[-1] - ended[at_once - 1]) / (len(ended) - at_once)
+        assert round(3600 / every_s) == told[name] and str(told[name]) in SPEED
