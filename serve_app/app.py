@@ -120,7 +120,7 @@ def _stage(
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=1,
         health_check_timeout_s=10,
-        **_num_replicas(groups),
+        **replica_options(groups),
         **spec.deployment_options(),
     ).bind(
         groups.name,
@@ -129,8 +129,9 @@ def _stage(
     )
 
 
-def _num_replicas(groups: StageGroups) -> dict[str, Any]:
-    if groups.min_replicas == groups.max_replicas:
+def replica_options(groups: StageGroups) -> dict[str, Any]:
+    """How many replicas Serve runs: a number, or as many as the calls under way need."""
+    if not groups.autoscales:
         return {"num_replicas": groups.max_replicas}
     return {
         "autoscaling_config": {

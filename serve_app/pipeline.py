@@ -49,8 +49,8 @@ class Pipeline:
 
     async def __init__(self, service: ResolvedService, handles: Mapping[str, Any]) -> None:
         self.handles = dict(handles)
-        self.max_active_jobs = {name: g.max_active_jobs for name, g in service.experts.items()}
-        self.lines = {name: Line(count) for name, count in self.max_active_jobs.items()}
+        self.experts = service.experts
+        self.lines = {name: Line(groups.num_places(1)) for name, groups in self.experts.items()}
         self.models = {
             name: ModelStages(
                 served=model.served,
@@ -183,8 +183,8 @@ class Pipeline:
             self.ready = {name: running.get(name, 0) > 0 for name in self.handles}
             num_pipelines = max(1, running.get("Pipeline", 1))
             for name, line in self.lines.items():
-                places = running.get(name, 0) * self.max_active_jobs[name]
-                line.resize(places // num_pipelines)
+                num_places = self.experts[name].num_places(running.get(name, 0))
+                line.resize(num_places // num_pipelines)
         await asyncio.sleep(ALL_READY_POLL_S if all(self.ready.values()) else READY_POLL_S)
 
 

@@ -40,6 +40,15 @@ class StageGroups:
     worker_env: dict[str, str]
 
     @property
+    def autoscales(self) -> bool:
+        return self.min_replicas < self.max_replicas
+
+    def num_places(self, num_running: int) -> int:
+        """Calls to let through to `num_running` replicas. Where Serve adds replicas, as many as all
+        of them could take: it adds them for calls that wait with it, not for jobs in our lines."""
+        return (self.max_replicas if self.autoscales else num_running) * self.max_active_jobs
+
+    @property
     def max_gpus(self) -> float:
         return self.max_replicas * self.num_workers * self.num_gpus
 

@@ -13,13 +13,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from http_service import WAN_CONFIGS, StorageThatMayBeDown, resolved
+from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.errors import RankDied
 from serve_app import pipeline as module
 from serve_app import preview, retry_policy
+from serve_app.app import replica_options
 from serve_app.jobs import JobStore, NewJob, new_job_id
 from serve_app.pipeline import Pipeline
 from serve_app.stages import LeaseLost, StageReport, StageResult
+from serve_app.topology import ResolvedService
 from wan_model.config import WAN_TINY
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
@@ -110,6 +114,8 @@ class Running:
     pipeline: Pipeline
     stages: FakeStages
     store: JobStore
+    service: ResolvedService
+    replicas: dict[str, int]
 
     async def submit(self, model="wan-tiny", **given) -> str:
         params = VideoParams.for_model(WAN_CONFIGS[model], num_steps=NUM_STEPS)
@@ -133,10 +139,14 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path, monkeypatch, *, models=("wan-tiny",), pipeline=None, **jobs):
-    """Every expert has one replica, which takes one job at a time."""
+async def running(
+    tmp_path, monkeypatch, *, models=("wan-tiny",), expert=None, pipeline=None, **jobs
+):
+    """Every expert has one replica, which takes one job at a time; `replicas` may change."""
     monkeypatch.setattr(retry_policy, "RETRY_DELAY_S", 0.01)
-    expert = {"max_active_jobs": 1}
+    monkeypatch.setattr(module, "READY_POLL_S", 0.05)
+    monkeypatch.setattr(module, "ALL_READY_POLL_S", 0.05)
+    expert = {"max_active_jobs": 1} | (expert or {})
     service = resolved(
         models={
             name: {"checkpoint": name, "high_noise_expert": expert, "low_noise_expert": expert}
@@ -154,7 +164,7 @@ async def running(tmp_path, monkeypatch, *, models=("wan-tiny",), pipeline=None,
     monkeypatch.setattr(module, "_num_running_replicas", lambda: replicas)
     await pipeline.__init__(service, dict.fromkeys(names, stages))
     try:
-        yield Running(pipeline, stages, pipeline.store)
+        yield Running(pipeline, stages, pipeline.store, service, replicas)
     finally:
         await pipeline.__del__()
 
@@ -338,6 +348,70 @@ async def test_the_jobs_of_all_models_together_are_bounded(tmp_path, monkeypatch
         await r.wait(jobs[2], "in_progress")
         await asyncio.sleep(0.3)
         assert [(await r.store.get(job_id)).attempt for job_id in jobs] == [1, 1, 1, 0, 0, 0]
+
+
+class Inside:
+    """Counts the calls that an expert has at once, and never answers one."""
+
+    def __init__(self, stages: FakeStages) -> None:
+        self.num_calls = 0
+        stages.on_run = self.hang
+
+    async def hang(self, job, from_step, to_step):
+        self.num_calls += 1
+        await asyncio.sleep(60)
+
+    async def settled(self, num_calls: int) -> None:
+        async with asyncio.timeout(10):
+            while self.num_calls < num_calls:
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        assert self.num_calls == num_calls
+
+
+async def test_an_expert_is_called_as_often_at_once_as_its_replicas_take(tmp_path, monkeypatch):
+    expert = {"num_replicas": 3, "max_active_jobs": 2}
+    async with running(tmp_path, monkeypatch, expert=expert) as r:
+        inside = Inside(r.stages)
+        for _ in range(8):
+            await r.submit()
+        await inside.settled(2)
+        r.replicas["HighNoiseExpert"] = 3
+        await inside.settled(6)
+        r.replicas["Pipeline"] = 2  # the other one has its half: who is inside stays
+        await inside.settled(6)
+        assert [line.num_places for line in r.pipeline.lines.values()] == [3, 1]
+
+
+async def test_jobs_that_wait_for_an_autoscaling_expert_make_serve_add_replicas(
+    tmp_path, monkeypatch
+):
+    expert = {"autoscaling": {"max_replicas": 3}, "max_active_jobs": 2}
+    async with running(tmp_path, monkeypatch, expert=expert) as r:
+        groups = r.service.experts["HighNoiseExpert"]
+        inside = Inside(r.stages)
+        await r.submit()
+        await r.submit()
+        await inside.settled(2)
+        assert replicas_wanted(groups, inside.num_calls) == 1
+        for _ in range(8):
+            await r.submit()
+        await inside.settled(6)
+        assert replicas_wanted(groups, inside.num_calls) == 3
+
+
+def replicas_wanted(groups, num_calls: int) -> float:
+    """By Serve's own policy, with one replica running."""
+    context = AutoscalingContext(
+        deployment_id=None, deployment_name=groups.name, app_name="wan", current_num_replicas=1,
+        target_num_replicas=1, running_replicas=[], total_num_requests=num_calls,
+        total_queued_requests=None, aggregated_metrics=None, raw_metrics=None,
+        capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=3, policy_state={},
+        last_scale_up_time=None, last_scale_down_time=None, current_time=None,
+        config=AutoscalingConfig(**replica_options(groups)["autoscaling_config"]),
+    )  # fmt: skip
+    num_replicas, _ = replica_queue_length_autoscaling_policy(context)
+    return num_replicas
 
 
 async def test_a_row_that_is_not_understood_fails_alone(tmp_path, monkeypatch):
