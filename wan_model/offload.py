@@ -14,6 +14,7 @@ from wan_model.transformer import WanTransformer
 
 NUM_PLACES = 2
 ALIGNMENT_BYTES = 256
+LAST_PIECE_BYTES = 2**20
 
 
 class Offload:
@@ -21,15 +22,16 @@ class Offload:
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         self.device = device
-        self.host = [_pack(block, pinned=device.type == "cuda") for block in blocks]
-        size = max(flat.numel() for flat in self.host)
+        size = max(_offsets(block)[-1] for block in blocks)
         self.places = [
             torch.empty(size, dtype=torch.uint8, device=device) for _ in range(NUM_PLACES)
         ]
+        self.host: list[list[Tensor]] = []
         self.in_place: list[int | None] = [None] * NUM_PLACES
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.fetched: list[torch.cuda.Event | None] = [None] * NUM_PLACES
         for index, block in enumerate(blocks):
+            self.host.append(_pack(block, pinned=device.type == "cuda"))
             _point_into(block, self.places[index % NUM_PLACES])
             self._before_each_use(block, index)
 
@@ -51,16 +53,21 @@ class Offload:
         place = index % NUM_PLACES
         if self.in_place[place] == index:
             return
-        flat = self.host[index]
-        target = self.places[place][: flat.numel()]
         if self.stream is None:
-            target.copy_(flat)
+            self._copy(index)
         else:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                target.copy_(flat, non_blocking=True)
+                self._copy(index)
                 self.fetched[place] = self.stream.record_event()
         self.in_place[place] = index
+
+    def _copy(self, index: int) -> None:
+        start = 0
+        for piece in self.host[index]:
+            target = self.places[index % NUM_PLACES][start : start + piece.numel()]
+            target.copy_(piece, non_blocking=True)
+            start += piece.numel()
 
     def _before_each_use(self, block: nn.Module, index: int) -> None:
         block.register_forward_pre_hook(lambda *_: self.use(index))
@@ -96,12 +103,22 @@ def _offsets(block: nn.Module) -> list[int]:
     return offsets
 
 
-def _pack(block: nn.Module, *, pinned: bool) -> Tensor:
-    """All weights of a block as one piece of bytes in host memory: one copy fetches them."""
-    offsets = _offsets(block)
-    flat = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=pinned)
+def _pack(block: nn.Module, *, pinned: bool) -> list[Tensor]:
+    """All weights of a block as a few pieces of bytes in host memory: as many copies fetch them."""
+    flat = torch.empty(_offsets(block)[-1], dtype=torch.uint8)
     _point_into(block, flat, copy=True)
-    return flat
+    pieces = flat.split(_pieces(flat.numel()))
+    return [piece.pin_memory() for piece in pieces] if pinned else list(pieces)
+
+
+def _pieces(num_bytes: int) -> list[int]:
+    """Powers of two and a small rest that add up to `num_bytes`. Of pinned memory PyTorch takes the
+    next power of two: for one piece of an A14B block's 703 MB that would be 1074."""
+    pieces = []
+    while num_bytes > LAST_PIECE_BYTES:
+        pieces.append(2 ** (num_bytes.bit_length() - 1))
+        num_bytes -= pieces[-1]
+    return [*pieces, num_bytes] if num_bytes else pieces
 
 
 def _point_into(block: nn.Module, flat: Tensor, *, copy: bool = False) -> None:

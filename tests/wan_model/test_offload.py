@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from wan_model import offload
 from wan_model.config import T2V_A14B
 from wan_model.engine import ExpertEngine
-from wan_model.offload import NUM_PLACES, offload_blocks
+from wan_model.offload import NUM_PLACES, _pieces, offload_blocks
 from wan_model.parallel import SequenceParallel
 from wan_model.transformer import WanTransformer
 
@@ -49,6 +50,22 @@ def test_the_next_block_is_fetched_before_its_turn():
     assert model.offload.in_place == [0, 1]
     model.offload.use(1)
     assert model.offload.in_place == [2, 1]
+
+
+@pytest.mark.parametrize("num_bytes", [256, 2**20, 3 * 2**20, 703_088_640, 333_201_408])
+def test_blocks_are_pinned_in_pieces_that_pytorch_does_not_round_up(num_bytes):
+    pieces = _pieces(num_bytes)
+    assert sum(pieces) == num_bytes and min(pieces) > 0
+    rounded = [2 ** (piece - 1).bit_length() for piece in pieces]
+    assert sum(rounded) - num_bytes < 2**20
+
+
+def test_pieces_make_the_same_block(monkeypatch):
+    expected = two_forwards(model_of(3))
+    monkeypatch.setattr(offload, "LAST_PIECE_BYTES", 256)
+    model = offload_blocks(model_of(3), "cpu")
+    assert all(len(pieces) > 2 for pieces in model.offload.host)
+    assert all(map(torch.equal, two_forwards(model), expected))
 
 
 def test_an_expert_offloads_by_option_and_refuses_what_has_no_effect(tiny):
