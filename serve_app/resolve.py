@@ -23,6 +23,7 @@ from serve_app.topology import (
 )
 from wan_model.backends import check_backends, check_precision
 from wan_model.config import Expert, WanConfig
+from wan_model.params import VideoParams
 
 if TYPE_CHECKING:
     from serve_app.config import (
@@ -128,7 +129,7 @@ def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -
         raise ValueError(f"models.{name}.defaults.boundary_ratio has no effect on one expert")
     config = replace(row, **given)
     max_area, max_num_frames = model.max_area, model.max_num_frames
-    return ServedModel(
+    served = ServedModel(
         name=name,
         config=config,
         created=created,
@@ -139,6 +140,25 @@ def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -
         max_num_steps=model.max_num_steps,
         profile=_profile(name, model, config),
     )
+    _check_defaults(served)
+    return served
+
+
+def _check_defaults(model: ServedModel) -> None:
+    """A request that names no number must be a legal one."""
+    try:
+        params = VideoParams.for_model(
+            model.config, solver=model.default_solver, cache=model.default_cache
+        )
+    except ValueError as error:
+        raise ValueError(f"models.{model.name}.defaults: {error}") from None
+    try:
+        model.check_limits(params)
+    except ValueError as error:
+        raise ValueError(
+            f"models.{model.name}: the defaults are past a limit: {error}: raise it (max_area,"
+            " max_num_frames, max_num_steps) or lower the defaults"
+        ) from None
 
 
 def _profile(name: str, model: ModelConfig, config: WanConfig) -> StageProfile | None:

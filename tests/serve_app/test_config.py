@@ -331,10 +331,27 @@ def test_a_models_defaults_replace_its_rows():
 
 def test_limits_follow_the_defaults_unless_stated():
     auto = one(wan_config=WAN_TINY).served_models["m"]
-    stated = one(wan_config=WAN_TINY, max_area=5, max_num_frames=6, max_num_steps=7)
+    stated = one(wan_config=WAN_TINY, max_area=20_000, max_num_frames=18, max_num_steps=77)
     stated = stated.served_models["m"]
     assert (auto.max_area, auto.max_num_frames) == (128 * 128, 34)
-    assert (stated.max_area, stated.max_num_frames, stated.max_num_steps) == (5, 6, 7)
+    limits = stated.max_area, stated.max_num_frames, stated.max_num_steps
+    assert limits == (20_000, 18, 77)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"defaults": {"width": 833}}, r"\.defaults: width 833 is not a multiple of 16: try 832"),
+        ({"defaults": {"num_frames": 50}}, r"\.defaults: num_frames 50 is not 4n\+1"),
+        ({"defaults": {"guidance_low_noise": 101}}, r"\.defaults: guidance_low_noise must be"),
+        ({"defaults": {"num_steps": 200}}, ": .*num_steps must be at most 100 .*max_num_steps"),
+        ({"max_area": 399_360}, r": .*width 1280 \* height 720 = 921600 pixels is more .*max_area"),
+        ({"max_num_frames": 49}, ": .*num_frames must be at most 49 .*max_num_frames.*defaults"),
+    ],
+)
+def test_defaults_that_every_plain_request_would_fail_with_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"^models.m{message}"):
+        one(**options)
 
 
 def test_the_profile_of_one_expert_serves_both_when_it_names_one():
