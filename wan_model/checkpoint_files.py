@@ -28,6 +28,9 @@ from wan_model.checkpoint_keys import CheckpointError, Slot
 NUM_READERS = 8
 """Threads that copy to a GPU: enough to keep a fast disk and the bus busy."""
 
+STAGE_BYTES = 2**25
+"""Of pinned memory for each of them, which PyTorch keeps for the life of the process."""
+
 NUM_NAMED = 5
 """At most so many keys are listed in an error."""
 
@@ -161,8 +164,8 @@ def copy_to_device(
 ) -> None:
     """The one copy: `source` (mapped, any dtype) and its `delta` into `target` on its device.
 
-    To a GPU by way of memory it can read by itself (`stage.buffer`, one a thread, kept): several
-    times quicker than from mapped pages, whose faults the threads take side by side.
+    To a GPU a piece at a time by way of memory it can read by itself (`stage.buffer`, one a thread,
+    kept): several times quicker than from mapped pages, whose faults the threads take side by side.
     """
     if delta is not None:
         target.copy_(source.to(target.device, torch.float32) + delta)
@@ -170,16 +173,23 @@ def copy_to_device(
     if not target.is_cuda or not source.numel():
         target.copy_(source)
         return
-    num_bytes = source.numel() * source.element_size()
-    if getattr(stage, "buffer", None) is None or stage.buffer.numel() < num_bytes:
-        stage.buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    if getattr(stage, "buffer", None) is None:
+        stage.buffer = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=True)
         stage.stream = torch.cuda.Stream(target.device)
-    staged = stage.buffer[:num_bytes].view(source.dtype).view(source.shape)
-    staged.copy_(source)
     stage.stream.wait_stream(torch.cuda.current_stream())  # the memory's last user is done
-    with torch.cuda.stream(stage.stream):
-        target.copy_(staged, non_blocking=True)
-    stage.stream.synchronize()
+    for part, staged in staged_parts(target, source, stage.buffer):
+        with torch.cuda.stream(stage.stream):
+            part.copy_(staged, non_blocking=True)
+        stage.stream.synchronize()
+
+
+def staged_parts(target: Tensor, source: Tensor, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies `source` into `buffer` piece by piece: yields the part of `target` and its piece."""
+    length = buffer.numel() // source.element_size()
+    parts = target.view(-1).split(length)
+    for part, piece in zip(parts, source.reshape(-1).split(length), strict=True):
+        staged = buffer[: piece.numel() * piece.element_size()].view(piece.dtype)
+        yield part, staged.copy_(piece)
 
 
 def _read_ahead(path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wan_model.checkpoint_files import load_parameters
+from wan_model.checkpoint_files import load_parameters, staged_parts
 from wan_model.checkpoint_keys import Slot
 
 
@@ -42,6 +42,22 @@ def test_eight_threads_load_what_one_does(tmp_path):
     for num_readers in (1, 8):
         loaded = load(files, num_readers=num_readers).state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("num_bytes", [32, 56, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_goes_through_a_buffer_of_any_size(num_bytes, dtype):
+    source = torch.randn(3, 5, 7).to(dtype)
+    target, buffer = torch.zeros(3, 5, 7), torch.empty(num_bytes, dtype=torch.uint8)
+    for part, staged in staged_parts(target, source, buffer):
+        assert staged.data_ptr() == buffer.data_ptr()
+        part.copy_(staged)
+    assert torch.equal(target, source.float())
+    transposed = source.transpose(0, 2)  # as a .pth file may hold one
+    target = torch.zeros(transposed.shape)
+    for part, staged in staged_parts(target, transposed, buffer):
+        part.copy_(staged)
+    assert torch.equal(target, transposed.float())
 
 
 def test_what_a_thread_raises_ends_the_loading(tmp_path):
