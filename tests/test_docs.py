@@ -1,11 +1,13 @@
 """The README is true: its tree names every module, its files exist, its commands can be parsed."""
 
+import argparse
+import importlib
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-
-from wan_model.generate import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,15 +50,36 @@ def test_every_make_target_the_readme_names_exists():
     assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.M)] == []
 
 
-def test_every_flag_of_the_reference_command_in_the_readme_exists(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    options = capsys.readouterr().out
-    commands = "\n".join(re.findall(r"```\n(python -m wan_model.generate.*?)```", README, re.S))
-    flags = set(re.findall(r"--[a-z-]+", commands)) - {"--nproc_per_node", "--nproc"}
-    assert "--lora-high-noise" in flags
-    assert [flag for flag in flags if flag not in options] == []
+def commands() -> list[tuple[str, str]]:
+    """(module, its words) of every `python -m` and `torchrun ... -m` of our own in the README."""
+    lines = README.replace("\\\n", " ")
+    own = r"-m ((?:benchmarks|wan_model|cluster)[\w.]*)([^`\n]*)"
+    return list(dict.fromkeys(re.findall(rf"(?:python|torchrun [^`\n]*) {own}", lines)))
+
+
+class Parsed(Exception):
+    """Where a command would begin to work."""
+
+
+def test_the_readme_has_commands_of_every_kind():
+    modules = {module for module, _ in commands()}
+    assert {"wan_model.generate", "wan_model.tiny", "benchmarks.parallel"} <= modules
+    assert any("--lora-high-noise" in words for _, words in commands()), "of the second line"
+
+
+@pytest.mark.parametrize(("module", "words"), commands())
+def test_every_command_of_the_readme_is_understood(monkeypatch, module, words):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *given):
+        parse_args(parser, shlex.split(words))
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    with pytest.raises((Parsed, SystemExit)) as ended:
+        importlib.import_module(f"{module}.__main__" if is_package else module).main()
+    assert ended.type is Parsed or ended.value.code == 0, "--help"
 
 
 def test_nothing_is_left_to_be_filled_in():
