@@ -24,7 +24,7 @@ from cluster.spec import GroupSpec
 from serve_app.artifacts import Artifacts
 from serve_app.config import ServiceConfig
 from serve_app.ingress import make_ingress_app
-from serve_app.jobs import JobStore, require_shared_database
+from serve_app.jobs import JobStore, check_database
 from serve_app.pipeline import Pipeline
 from serve_app.prompt_extension import PromptExtender, engine_of
 from serve_app.stages import VAE, Expert, Stage, StageStores, TextEncoder
@@ -44,7 +44,7 @@ KERNELS_ON_DISK = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
 def build(config: ServiceConfig) -> Application:
     """The Serve application of a config file's `args`. Raises ValueError before anything starts."""
     service = config.resolve(_wan_configs(config))
-    require_shared_database(service.job_store_url, sum(node["Alive"] for node in ray.nodes()))
+    check_database(service.job_store_url, sum(node["Alive"] for node in ray.nodes()))
     return graph(service)
 
 

@@ -13,7 +13,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,6 +31,19 @@ P, T = ParamSpec("P"), TypeVar("T")
 BUSY_TIMEOUT_S = 30  # how long a SQLite writer waits for the others
 ANSWER_TIMEOUT_S = 20  # of PostgreSQL
 OPEN_PATIENCE_S, OPEN_RETRY_S = 300.0, 2.0
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+ASYNCPG_OPTIONS = (
+    "gsslib", "host", "krbsrvname", "passfile", "port", "prepared_statement_cache_size", "service",
+    "servicefile", "ssl", "target_session_attrs",
+)  # fmt: skip
+"""Those of its connect() and of SQLAlchemy's that can be written in a URL."""
+_SSL_FILES = {
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "sslcrl": "PGSSLCRL",
+}
+"""libpq's options of which asyncpg reads the environment variable only."""
 # Names of PostgreSQL advisory locks; any numbers that nothing else in the database uses.
 MIGRATION_LOCK, SUBMIT_LOCK = 0x57414E01, 0x57414E02
 
@@ -210,16 +223,51 @@ def _is_unanswered(error: sa.exc.DBAPIError) -> bool:
     return error.connection_invalidated or code[:2] in ("08", "53", "57")
 
 
+def check_database(url: str, num_nodes: int) -> None:
+    """Refuse what could not be opened, or not from everywhere, before anything starts.
+
+    Raises:
+        ValueError: `url` is no URL of a job database, or it is SQLite on more than one node.
+    """
+    if _parse(url).get_backend_name() == "sqlite" and num_nodes > 1:
+        raise ValueError(
+            f"the job database is a SQLite file, which serves one node only, and this cluster has "
+            f"{num_nodes} nodes: set a postgresql:// URL"
+        )
+
+
 def _parse(url: str) -> sa.URL:
-    parsed = sa.make_url(url)
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):  # it may hold a password: the URL is not repeated
+        raise ValueError(
+            "the job database is sqlite:///FILE or postgresql://..., and this is no URL"
+        ) from None
     backend = parsed.get_backend_name()
     if backend == "postgresql":
-        return parsed.set(drivername="postgresql+asyncpg")
+        return parsed.set(drivername="postgresql+asyncpg", query=_asyncpg_options(parsed.query))
     if backend != "sqlite":
         raise ValueError(f"the job database is sqlite:///FILE or postgresql://..., not {backend}")
     if parsed.database in (None, "", ":memory:"):
         raise ValueError("the SQLite job database needs a file: sqlite:////path/to/jobs.sqlite")
     return parsed.set(drivername="sqlite+aiosqlite")
+
+
+def _asyncpg_options(query: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a PostgreSQL URL as asyncpg takes them: most URLs are written for libpq."""
+    options = dict(query)
+    if "sslmode" in options:
+        options["ssl"] = options.pop("sslmode")
+    if options.get("ssl", "prefer") not in SSL_MODES:
+        raise ValueError(f"the job database's sslmode is one of {', '.join(SSL_MODES)}")
+    for name in options:
+        if name not in ASYNCPG_OPTIONS:
+            instead = f", and set {variable}" if (variable := _SSL_FILES.get(name)) else ""
+            raise ValueError(
+                f"the job database's URL has the option {name}, which asyncpg does not take: remove"
+                f" it{instead}"
+            )
+    return options
 
 
 def _postgresql_engine(url: sa.URL) -> AsyncEngine:

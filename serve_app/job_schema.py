@@ -164,19 +164,6 @@ class StoreUnavailable(JobStoreError):
     retryable = True
 
 
-def require_shared_database(url: str, num_nodes: int) -> None:
-    """Refuse a SQLite file when the service spans several machines.
-
-    Raises:
-        ValueError: `url` is SQLite and `num_nodes` is more than one.
-    """
-    if num_nodes > 1 and url.startswith("sqlite"):
-        raise ValueError(
-            f"the job database is a SQLite file, which serves one node only, and this cluster has "
-            f"{num_nodes} nodes: set a postgresql:// URL"
-        )
-
-
 def check_room(
     new: NewJob,
     num_queued: int,

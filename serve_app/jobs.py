@@ -27,6 +27,7 @@ from serve_app.job_database import (
     OPEN_PATIENCE_S,
     SUBMIT_LOCK,
     JobDatabase,
+    check_database,
     jobs,
     runs_to_its_end,
 )
@@ -46,7 +47,6 @@ from serve_app.job_schema import (
     is_storable,
     new_job_id,
     replace_unstorable,
-    require_shared_database,
 )
 from serve_app.webhook_store import DeliveryStore
 
@@ -60,8 +60,8 @@ __all__ = [
     "QueueFull",
     "Renewal",
     "StoreUnavailable",
+    "check_database",
     "new_job_id",
-    "require_shared_database",
 ]
 
 _c = jobs.c

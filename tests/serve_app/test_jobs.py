@@ -21,7 +21,7 @@ from serve_app.jobs import (
     NewJob,
     QueueFull,
     StoreUnavailable,
-    require_shared_database,
+    check_database,
 )
 
 pytestmark = pytest.mark.anyio
@@ -586,9 +586,45 @@ async def test_a_database_that_cannot_hold_jobs_is_refused(url):
 
 def test_sqlite_is_refused_on_more_than_one_node():
     with pytest.raises(ValueError, match="SQLite file.*this cluster has 2 nodes"):
-        require_shared_database("sqlite:///jobs.sqlite", 2)
-    require_shared_database("sqlite:///jobs.sqlite", 1)
-    require_shared_database("postgresql://host/jobs", 8)
+        check_database("sqlite:///jobs.sqlite", 2)
+    check_database("sqlite:///jobs.sqlite", 1)
+    check_database("postgresql://host/jobs", 8)
+
+
+async def test_the_sslmode_of_libpq_is_kept(postgres_server):
+    url = postgres_server.create_database()
+    await (await JobStore.open(f"{url}?sslmode=prefer", patience_s=0)).close()
+    with pytest.raises(StoreUnavailable, match="rejected SSL"):  # the server has none
+        await JobStore.open(f"{url}?sslmode=require", patience_s=0)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (
+            "sslmode=yes",
+            "sslmode is one of disable, allow, prefer, require, verify-",
+        ),
+        (
+            "connect_timeout=3",
+            "option connect_timeout, which asyncpg does not take: remove it$",
+        ),
+        (
+            "sslmode=verify-full&sslrootcert=/ca.pem",
+            "sslrootcert.*, and set PGSSLROOTCERT",
+        ),
+    ],
+)
+def test_an_option_that_the_driver_does_not_take_is_refused_in_one_line(query, message):
+    with pytest.raises(ValueError, match=message):
+        check_database(f"postgresql://user:secret@host/jobs?{query}", 1)
+
+
+@pytest.mark.parametrize("url", ["secret", "postgresql://user:secret@host:port/jobs"])
+def test_what_is_no_url_is_refused_and_not_repeated(url):
+    with pytest.raises(ValueError, match="this is no URL") as refused:
+        check_database(url, 1)
+    assert "secret" not in str(refused.value)
 
 
 async def test_failures_count_again_from_zero_once_a_job_has_advanced(store, make_new_job):
