@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,14 +18,16 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from serve_app.artifacts import Artifacts
+from serve_app.artifacts import ArtifactError, Artifacts
 from serve_app.create_video import MAX_PRIORITY, CreateVideo, Solver, Text, invalid
 from serve_app.errors import InvalidRequest, JobFailed, NotFound, Unavailable
-from serve_app.job_schema import COMPLETED, Job, StoreUnavailable
+from serve_app.job_schema import COMPLETED, Job, JobStoreError, StoreUnavailable, new_job_id
 from serve_app.openai_api import Video
 from serve_app.served_model import ServedModel
 from serve_app.videos import Videos
 from wan_model.params import MAX_SEED
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 MAX_IMAGES = 10
@@ -124,13 +126,18 @@ class ImageJobs:
         """
         model = self._model(request.model)
         seed = secrets.randbits(48) if request.seed is None else request.seed
-        made: list[Video] = []
+        # Under ids known before, and in tasks that end although this one is cancelled: whatever
+        # came of a job's creation, it can be forgotten.
+        videos = [
+            request.as_video(model, (seed + k) % (MAX_SEED + 1)) for k in range(request.n or 1)
+        ]
+        creating = {
+            (job_id := new_job_id()): asyncio.create_task(self._create(owner, job_id, video))
+            for video in videos
+        }
         try:
-            for k in range(request.n or 1):
-                video = request.as_video(model, (seed + k) % (MAX_SEED + 1))
-                create = self._videos.create
-                made.append(await create(owner, video, {}, idempotency_key=None, announced=False))
-            jobs = await self._wait(owner, [video.id for video in made], is_disconnected)
+            made = await asyncio.gather(*map(asyncio.shield, creating.values()))
+            jobs = await self._wait(owner, list(creating), is_disconnected)
             if jobs is None:
                 return None
             output_format = request.output_format or "png"
@@ -142,8 +149,13 @@ class ImageJobs:
             )
         finally:
             # As a task of its own: this one is being cancelled when the client hung up.
-            forgetting = asyncio.create_task(self._forget(owner, [video.id for video in made]))
+            forgetting = asyncio.create_task(self._forget(owner, creating))
             await asyncio.shield(forgetting)
+
+    async def _create(self, owner: str, job_id: str, video: CreateVideo) -> Video:
+        return await self._videos.create(
+            owner, video, {}, idempotency_key=None, announced=False, job_id=job_id
+        )
 
     def _model(self, name: str | None) -> str:
         if name is None:
@@ -207,10 +219,15 @@ class ImageJobs:
             seed=video.seed,
         )
 
-    async def _forget(self, owner: str, ids: list[str]) -> None:
-        for video_id in ids:
-            with contextlib.suppress(NotFound):
-                await self._videos.delete(owner, video_id)
+    async def _forget(self, owner: str, creating: Mapping[str, asyncio.Task[Video]]) -> None:
+        await asyncio.wait(creating.values())
+        for job_id in creating:
+            try:
+                await self._videos.delete(owner, job_id)
+            except NotFound:
+                pass
+            except (JobStoreError, ArtifactError) as error:
+                logger.warning("%s was for a picture and is not deleted: %s", job_id, error)
 
 
 def _converted(png: bytes, output_format: OutputFormat) -> bytes:

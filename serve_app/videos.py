@@ -83,9 +83,10 @@ class Videos:
         *,
         idempotency_key: str | None,
         announced: bool = True,
+        job_id: str | None = None,
     ) -> Video:
         """Accept a job. `uploads` holds the images (of IMAGE_FIELDS) that came as bytes;
-        `announced`: whether a webhook tells its end."""
+        `announced`: whether a webhook tells its end; `job_id`: a new one that the caller knows."""
         if request.branch_from is not None:
             return await self._branch(owner, request, uploads, idempotency_key=idempotency_key)
         model = self.model(request.model)
@@ -101,7 +102,7 @@ class Videos:
         create_video.check_images(model.config, set(images), params.num_frames)
         if request.preview:
             create_video.check_preview(model.config, params)
-        job_id = new_job_id()
+        job_id = job_id or new_job_id()
         keys = {name: f"{job_id}/{key}" for name, key in _IMAGE_KEYS.items() if name in images}
         new = NewJob(
             id=job_id,

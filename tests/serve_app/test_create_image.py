@@ -12,6 +12,8 @@ from openai import OpenAI
 from PIL import Image
 from test_ingress import assert_error
 
+from serve_app.jobs import JobStore, StoreUnavailable
+
 pytestmark = pytest.mark.anyio
 
 CAT = {"prompt": "a cat", "num_inference_steps": 2, "size": "64x32"}
@@ -110,6 +112,48 @@ async def test_hanging_up_cancels_a_running_job(service):
         async with asyncio.timeout(10):
             while not (await service.store.get(job.id)).cancel_requested:
                 await asyncio.sleep(0.02)
+
+
+async def test_hanging_up_while_the_jobs_are_made_leaves_none(tmp_path):
+    class SlowToAnswer(JobStore):
+        async def submit(self, new, **limits):
+            job = await super().submit(new, **limits)
+            await asyncio.sleep(0.3)
+            return job
+
+    store = await SlowToAnswer.open(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    async with http_service(tmp_path, store=store) as service, service.client() as client:
+        asking = asyncio.create_task(client.post(PATH, json=CAT | {"n": 2}))
+        while len(await store.list()) < 1:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+        async with asyncio.timeout(10):
+            while await store.list():
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+        assert await store.list() == [], "none is made afterwards"
+    await store.close()
+
+
+async def test_a_job_that_cannot_be_forgotten_keeps_no_other_and_costs_no_picture(tmp_path):
+    class FailsOnce(JobStore):
+        kept = None
+
+        async def request_cancel(self, job_id, **given):
+            self.kept = self.kept or job_id
+            if job_id == self.kept:
+                raise StoreUnavailable("the job database does not answer")
+            return await super().request_cancel(job_id, **given)
+
+    store = await FailsOnce.open(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    async with http_service(tmp_path, store=store) as service, service.client() as client:
+        async with working(store, service.artifacts):
+            answer = await client.post(PATH, json=CAT | {"n": 3})
+        assert len(answer.json()["data"]) == 3
+        assert [job.id for job in await store.list()] == [store.kept]
+    await store.close()
 
 
 async def test_one_picture_is_the_one_that_was_made(service, client):
