@@ -54,8 +54,8 @@ class Request:
 class Placement:
     """Where and how precisely to compute it: the same video but for rounding.
 
-    With fp8 (`precision` or `attention`) that holds for one layout and number of threads: another
-    one tips some values to the next fp8 number, which moves the latents by percents.
+    With fp8 (`precision` or `attention`) that is sure for one layout and number of threads: another
+    may tip some values to the next fp8 number, which moves the latents by percents.
     """
 
     device: str = "cpu"
