@@ -13,6 +13,7 @@ from serve_app.artifacts import ArtifactError
 
 RETRY_DELAY_S = 0.5
 RETRY_DELAY_GROWTH = 4  # per failure: five attempts outlast 40 s without storage
+MAX_RETRY_DELAY_S = 60.0
 
 INTERNAL_MESSAGE = "the video could not be made because of an error in the service"
 BRANCH_LOST_MESSAGE = (
@@ -40,7 +41,7 @@ def is_retryable(error: BaseException) -> bool:
 
 def retry_delay_s(failures: int) -> float:
     """How long a job waits that has failed `failures` times before, since its last checkpoint."""
-    return RETRY_DELAY_S * RETRY_DELAY_GROWTH**failures
+    return min(MAX_RETRY_DELAY_S, RETRY_DELAY_S * RETRY_DELAY_GROWTH**failures)
 
 
 def reason_of(error: BaseException) -> str:

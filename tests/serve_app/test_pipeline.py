@@ -214,6 +214,12 @@ async def test_a_job_that_always_kills_its_group_is_given_up(tmp_path, monkeypat
         assert job.attempt == 3
 
 
+async def test_retries_wait_longer_each_time_but_no_longer_than_a_minute():
+    waits_s = [retry_policy.retry_delay_s(failures) for failures in range(20)]
+    assert waits_s[:5] == [0.5, 2, 8, 32, 60]
+    assert set(waits_s[5:]) == {60}
+
+
 async def test_a_job_that_only_waited_when_the_group_died_is_not_blamed(tmp_path, monkeypatch):
     async with running(tmp_path, monkeypatch) as r:
         left = [6]
