@@ -24,6 +24,7 @@ FINISHED = (COMPLETED, FAILED, CANCELLED)
 
 TOO_MANY_ATTEMPTS = "too_many_attempts"
 MIN_RETRY_AFTER_S = 1.0
+UNPREDICTED_RETRY_AFTER_S = 30.0  # where no profile says how long a job takes
 MAX_PRIORITY = 2**31 - 1  # the column is a 32-bit integer
 
 
@@ -176,7 +177,7 @@ def check_room(
         wait_s = queued_s / num_queued if num_queued else new.predicted_s
         raise QueueFull(
             f"the queue is full: {num_queued} jobs wait, the limit is {max_queued_jobs}",
-            retry_after_s=max(MIN_RETRY_AFTER_S, wait_s),
+            retry_after_s=max(MIN_RETRY_AFTER_S, wait_s or UNPREDICTED_RETRY_AFTER_S),
         )
     if max_queued_s is not None and num_queued and queued_s + new.predicted_s > max_queued_s:
         raise QueueFull(

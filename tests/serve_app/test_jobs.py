@@ -92,6 +92,15 @@ async def test_concurrent_submits_never_pass_the_bound_of_jobs(store, make_new_j
     assert refused[0].retry_after_s == 10.0  # the mean job is out of the way then
 
 
+async def test_a_full_queue_of_unpredicted_jobs_is_tried_again_in_half_a_minute(
+    store, make_new_job
+):
+    await store.submit(make_new_job(predicted_s=0.0))
+    with pytest.raises(QueueFull) as refused:
+        await store.submit(make_new_job(predicted_s=0.0), max_queued_jobs=1)
+    assert refused.value.retry_after_s == 30
+
+
 async def test_the_queue_is_bounded_in_predicted_seconds(store, make_new_job, claim):
     await store.submit(make_new_job(predicted_s=70.0), max_queued_s=100)
     with pytest.raises(QueueFull, match="70 s of work") as refused:
