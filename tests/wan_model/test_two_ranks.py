@@ -111,6 +111,7 @@ def seen(tiny):
         alone = {("frames alone", task): decoded(folder) for task, folder in folders.items()}
         alone["alone"] = latents_of(folders["t2v-A14B"])
         with one_thread():
+            alone["alone", "on one thread"] = latents_of(folders["t2v-A14B"])
             for name, options in QUANTISED.items():
                 alone["alone", name] = latents_of(folders["t2v-A14B"], **options)
         alone["alone, reused step"] = latents_of(folders["t2v-A14B"], **REUSE)
@@ -132,7 +133,9 @@ def one_thread():
 def test_two_ranks_quantise_to_the_same_bits_as_one(seen, name):
     """A difference of rounding would tip fp8 numbers, and no tolerance would tell it from a bug."""
     expected, _ = seen["alone", name]
-    exact, _ = seen["alone"]
+    exact, _ = seen["alone", "on one thread"]
+    if not np.array_equal(seen["whole weights", 0][0], exact):
+        pytest.skip("this CPU's float32 products depend on the number of rows")
     assert not np.array_equal(expected, exact)
     for rank in range(2):
         assert np.array_equal(seen[name, rank][0], expected)
