@@ -5,6 +5,7 @@ compared with its output. Owns the ways and their table; weights and Diffusers' 
 `full_size_experts`.
 
     torchrun --nproc_per_node 2 -m benchmarks.parallel --output benchmarks/results/parallel.json
+    torchrun --nproc_per_node 2 -m benchmarks.parallel --precision fp8 --ways ulysses --output FILE
     torchrun --nproc_per_node 2 -m benchmarks.parallel --dry-run --output out/parallel.json
 """
 
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,13 +31,17 @@ from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
 from benchmarks.gpu_timing import machine, peak_bytes, start_counting_memory
 from wan_model.attention import resolve_backend
 from wan_model.config import T2V_A14B, ParallelDims, TransformerConfig
+from wan_model.fp8 import quantise_blocks
 from wan_model.parallel import SequenceParallel, make_mesh
+from wan_model.sharding import load_sharded
 from wan_model.torchrun import Processes
 from wan_model.transformer import WanTransformer
 
 CASES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # latents of 81 frames
 TARGETS = {"ulysses": 0.95, "ring": 0.90, "cfg": 0.97}
-WAYS = (*TARGETS, "ring2")  # ring of two times Ulysses, from four GPUs on
+WAYS = (*TARGETS, "ring2", "fsdp")
+"""ring2: a ring of two times Ulysses, from four GPUs on. fsdp: Ulysses, and weights divided."""
+PRECISIONS = ("bf16", "fp8", "fp8-attention")
 DRY = dataclasses.replace(
     T2V_A14B.transformer, dim=192, num_heads=8, num_layers=2, ffn_dim=256, text_dim=64
 )
@@ -56,6 +62,9 @@ class Bench:
     def run(self, case: str) -> None:
         shape = (3, 12, 12) if self.args.dry_run else CASES[case]
         model = random_expert(self.config, self.dtype, self.device)
+        exact = self.args.precision == "bf16"
+        if not exact:
+            quantise_blocks(model.blocks)
         forward = Forward(self.config, shape, clean_first_frame=False, device=self.device)
         case = {"case": "dry-run" if self.args.dry_run else case, "num_tokens": forward.num_tokens}
         n = self.num_ranks
@@ -75,10 +84,15 @@ class Bench:
                 continue
             sp = SequenceParallel(self.mesh(dims), self.args.attention)
             self.compare(case, "ours", way, call(sp), one_s, expected)
-            self.attempt(case, "xfuser", way, lambda d=dims: call(self.xfuser(d)), one_s, expected)
+            if exact:
+                prepare = partial(self.xfuser, call, dims)
+                self.attempt(case, "xfuser", way, prepare, one_s, expected)
         if n % 2 == 0 and "cfg" in self.args.ways:
             self.cfg(case, call, one_s, expected)
-        self.attempt_diffusers(case, model, forward, one_s)
+        if "fsdp" in self.args.ways:
+            self.compare(case, "ours", "fsdp", self.fsdp(forward), one_s, expected)
+        if exact:
+            self.attempt_diffusers(case, model, forward, one_s)
 
     def cfg(self, case: dict, call: Callable, one_s: float, expected: Tensor) -> None:
         """A guided step: two forwards on one GPU, one forward and an exchange here."""
@@ -89,11 +103,26 @@ class Bench:
     def mesh(self, dims: ParallelDims):
         return make_mesh(dims, num_heads=self.config.num_heads)
 
-    def xfuser(self, dims: ParallelDims) -> SequenceParallel:
+    def fsdp(self, forward: Forward) -> Callable[[], Tensor]:
+        """The plain blocks, which divided weights take. All ranks draw the weights on their GPU,
+        one after the other: a CPU's generator gives other numbers."""
+        model = load_sharded(
+            lambda onto: random_expert(self.config, self.dtype, self.device).to(onto), self.device
+        )
+        with torch.inference_mode():
+            text = model.embed_text([forward.prompt])
+        sp = SequenceParallel(
+            self.mesh(ParallelDims(ulysses_degree=self.num_ranks)), self.args.attention
+        )
+        return lambda: model(forward.latents, forward.timesteps, text, sp)
+
+    def xfuser(self, call: Callable, dims: ParallelDims) -> Callable[[], Tensor]:
         from wan_model.xfuser_backend import XfuserSequenceParallel
 
-        return XfuserSequenceParallel(
-            self.mesh(dims), "cudnn", num_heads=self.config.num_heads, device=self.device
+        return call(
+            XfuserSequenceParallel(
+                self.mesh(dims), "cudnn", num_heads=self.config.num_heads, device=self.device
+            )
         )
 
     def attempt_diffusers(
@@ -187,6 +216,7 @@ class Bench:
         sample = torch.empty(0, self.config.head_dim, dtype=self.dtype, device=self.device)
         content = machine(self.device) | {
             "num_ranks": self.num_ranks,
+            "precision": self.args.precision,
             "dtype": dtype,
             "attention": resolve_backend(self.args.attention, sample),
             "num_layers": self.config.num_layers,
@@ -200,7 +230,8 @@ class Bench:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=["720p"])
-    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS[:4])
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--attention", default="cudnn", help="Diffusers and xfuser run cuDNN")
     parser.add_argument("--num-layers", type=int, help="fewer than all, for a quick look")
     parser.add_argument("--repeats", type=int, default=3)
@@ -211,8 +242,13 @@ def main() -> int:
     if processes.num_ranks < 2:
         processes.report("one process scales nowhere: torchrun --nproc_per_node 2 -m ...")
         return 2
+    if args.precision != "bf16" and "fsdp" in args.ways:
+        processes.report("fsdp divides bf16 weights: leave out --precision")
+        return 2
     if args.dry_run:
         args.attention = "sdpa"
+    if args.precision == "fp8-attention":  # which has no log-sum-exp for a ring
+        args.attention, args.ways = "fp8", [way for way in args.ways if "ring" not in way]
     try:
         device = processes.join("cpu" if args.dry_run else "cuda")
         bench = Bench(args, device, processes.num_ranks)
