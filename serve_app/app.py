@@ -11,7 +11,9 @@ does inside; options were checked and completed in config.py.
 """
 
 # No `from __future__ import annotations` here: Serve reads build's annotation to parse `args`.
+import logging
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray import serve
@@ -35,6 +37,9 @@ from serve_app.topology import (
     StageGroups,
 )
 
+# build() runs in a task of Ray's: what Serve's own logger is given there is shown and kept.
+logger = logging.getLogger("ray.serve.wan")
+
 ENGINE_MODULE = "wan_model.engine"
 
 KERNELS_ON_DISK = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
@@ -42,10 +47,30 @@ KERNELS_ON_DISK = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
 
 
 def build(config: ServiceConfig) -> Application:
-    """The Serve application of a config file's `args`. Raises ValueError before anything starts."""
+    """The Serve application of a config file's `args`. Raises ValueError before anything starts.
+
+    The environment is that of the running Ray, not that of the shell with `serve run` in it.
+    """
     service = config.resolve(_wan_configs(config))
     check_database(service.job_store_url, sum(node["Alive"] for node in ray.nodes()))
+    log_environment(service)
     return graph(service)
+
+
+def log_environment(service: ResolvedService) -> None:
+    """What the environment and its defaults have come to, without what is secret in it."""
+    num_keys = len(service.http.api_key_digests)
+    database = urlsplit(service.job_store_url).scheme.partition("+")[0]
+    artifacts = urlsplit(service.artifacts_url)
+    where = f"{artifacts.netloc.rpartition('@')[2]}{artifacts.path}"
+    if artifacts.scheme:
+        where = f"{artifacts.scheme}://{where}"
+    logger.info("API keys: %d; job table: %s; artifacts: %s", num_keys, database, where)
+    if not num_keys:
+        logger.warning(
+            "WAN_API_KEYS is not set where Ray was started: whoever reaches this service may use it"
+            " and sees every job"
+        )
 
 
 def graph(service: ResolvedService, *, engine_module: str = ENGINE_MODULE) -> Application:

@@ -47,6 +47,12 @@ def reference_mp4(folder, *, task: str, image: bytes | None = None, **given) -> 
     return vae.decode(params=dataclasses.asdict(params), state=state)["mp4"]
 
 
+def test_the_log_says_what_the_environment_has_come_to(service):
+    log = service.log.read_text(errors="replace")
+    assert "API keys: 0; job table: sqlite; artifacts: /" in log
+    assert "WAN_API_KEYS is not set" in log
+
+
 @pytest.mark.parametrize("model", ["t2v", "i2v", "ti2v"])
 def test_a_job_equals_the_reference_in_one_process(service, checkpoints, model):
     image = None if model == "t2v" else png()

@@ -1,12 +1,13 @@
 """Options to topology: defaults, "auto", sharing, and options that would have no effect."""
 
+import logging
 from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
 from serve_app import stages
-from serve_app.app import group_spec
+from serve_app.app import group_spec, log_environment, logger
 from serve_app.config import ServiceConfig
 from wan_model.config import (
     I2V_A14B,
@@ -320,6 +321,36 @@ def test_api_keys_leave_the_environment_only_as_digests():
 def test_keys_that_hold_no_key_do_not_open_the_service():
     with pytest.raises(ValueError, match="WAN_API_KEYS is set but holds no key"):
         resolve({"m": {"checkpoint": "x"}}, environ={"WAN_API_KEYS": " , "})
+
+
+def told(caplog, environ):
+    """What build() logs of an environment: [(level, line)]."""
+    caplog.set_level(logging.INFO, logger.name)
+    with_propagation, logger.propagate = logger.propagate, False  # Serve's may or may not
+    logger.addHandler(caplog.handler)
+    try:
+        log_environment(resolve({"m": {"checkpoint": "x"}}, environ=environ))
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.propagate = with_propagation
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_what_the_environment_has_come_to_is_logged_without_its_secrets(caplog):
+    environ = {
+        "WAN_API_KEYS": "hunter2,hunter3",
+        "WAN_JOB_STORE_URL": "postgresql://me:hunter2@host/jobs?passfile=hunter2",
+        "WAN_ARTIFACTS_URL": "s3://me:hunter2@bucket/prefix?secret=hunter2",
+    }
+    lines = told(caplog, environ)
+    assert lines == [("INFO", "API keys: 2; job table: postgresql; artifacts: s3://bucket/prefix")]
+    assert "hunter" not in caplog.text
+
+
+def test_a_service_without_keys_is_warned_of(caplog):
+    [(_, settings), (level, warning)] = told(caplog, {"WAN_DATA_DIR": "/data"})
+    assert settings == "API keys: 0; job table: sqlite; artifacts: /data/artifacts"
+    assert (level, "WAN_API_KEYS is not set" in warning) == ("WARNING", True)
 
 
 def test_a_models_defaults_replace_its_rows():
