@@ -96,9 +96,6 @@ class Artifacts:
         """Bytes of the value."""
         return await self._call(key, self._fs.size)
 
-    async def exists(self, key: str) -> bool:
-        return await self._call(key, self._fs.isfile)
-
     async def copy(self, source: str, target: str) -> None:
         """Store the value of `source` under `target` too; deleting one leaves the other.
 

@@ -311,10 +311,6 @@ class JobStore:
             await self._announce(connection, (await connection.execute(requeue_lost)).all())
             return await _first_job(connection, claim)
 
-    async def renew(self, job_id: str, attempt: int, *, lease_s: float) -> Renewal:
-        renewals = await self.renew_many({job_id: attempt}, lease_s=lease_s)
-        return renewals[job_id]
-
     @runs_to_its_end
     async def renew_many(
         self, attempts: Mapping[str, int], *, lease_s: float

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 
 import httpx
 import pytest
@@ -78,4 +79,7 @@ def test_losing_the_language_models_process_costs_no_job(service):
     service.kill_worker("PromptExtender")
     video = made(service, "a cat", model="t2v", prompt_extend=True)
     assert video["status"] == "completed", video["error"]
-    assert (video["revised_prompt"] is None) == (video["prompt_note"] is not None)
+    deadline = time.monotonic() + 120
+    while video["revised_prompt"] is None:  # until its successor is there
+        assert time.monotonic() < deadline, video["prompt_note"]
+        video = made(service, "a cat", model="t2v", prompt_extend=True)

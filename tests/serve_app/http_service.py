@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from serve_app.artifacts import Artifacts, ArtifactUnavailable
+from serve_app.artifacts import ArtifactMissing, Artifacts, ArtifactUnavailable
 from serve_app.config import ServiceConfig
 from serve_app.ingress import make_ingress_app
 from serve_app.jobs import Job, JobStore
@@ -74,6 +74,14 @@ class StorageThatMayBeDown(Artifacts):
         if self.is_down:
             raise ArtifactUnavailable(f"artifact {prefix!r} cannot be reached")
         await super().delete_prefix(prefix)
+
+
+async def is_there(artifacts: Artifacts, key: str) -> bool:
+    try:
+        await artifacts.size(key)
+    except ArtifactMissing:
+        return False
+    return True
 
 
 @contextlib.asynccontextmanager

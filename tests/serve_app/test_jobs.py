@@ -54,6 +54,11 @@ def claim(store):
     return claim_job
 
 
+async def renew(store, job):
+    renewals = await store.renew_many({job.id: job.attempt}, lease_s=LEASE_S)
+    return renewals[job.id]
+
+
 # --- submitting ------------------------------------------------------------------------------
 
 
@@ -182,7 +187,7 @@ async def test_a_lease_keeps_a_job_until_it_runs_out(store, submit, claim, clock
     first = await claim("a")
     clock.advance(LEASE_S - 1)
     assert await claim("b") is None
-    assert await store.renew(first.id, first.attempt, lease_s=LEASE_S)
+    assert await renew(store, first)
     clock.advance(LEASE_S - 1)
     assert await claim("b") is None
     clock.advance(1)
@@ -199,7 +204,7 @@ async def test_writes_of_a_stale_attempt_change_nothing(store, submit, claim, cl
     before = await store.get(stale.id)
     held = (stale.id, stale.attempt)
     writes = [
-        store.renew(*held, lease_s=999),
+        renew(store, stale),
         store.record_progress(*held, stage="vae", step=4, progress=99),
         store.record_checkpoint(*held, key="zombie", step=4),
         store.complete(*held, artifacts={"video": "zombie"}),
@@ -376,7 +381,7 @@ async def test_the_owner_of_a_running_job_learns_of_a_cancel_at_its_next_write(
     job = await claim()
     asked = await store.request_cancel(job.id)
     assert (asked.status, asked.cancel_requested) == ("in_progress", True)
-    assert (await store.renew(job.id, 1, lease_s=LEASE_S)).cancel_requested
+    assert (await renew(store, job)).cancel_requested
     progress = await store.record_progress(job.id, 1, stage="high_noise", step=1, progress=9)
     assert progress.held and progress.cancel_requested
     assert await store.cancelled(job.id, 1)
@@ -411,7 +416,7 @@ async def test_cancelling_a_job_whose_owner_is_gone_is_immediate(store, submit, 
     job = await claim()
     clock.advance(LEASE_S)
     assert (await store.request_cancel(job.id)).status == "cancelled"
-    assert not await store.renew(job.id, job.attempt, lease_s=LEASE_S)
+    assert not await renew(store, job)
 
 
 async def test_cancelling_a_finished_job_changes_nothing(store, submit, claim):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from http_service import WAN_CONFIGS, StorageThatMayBeDown, resolved
+from http_service import WAN_CONFIGS, StorageThatMayBeDown, is_there, resolved
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
@@ -180,7 +180,7 @@ async def test_a_job_runs_through_its_stages_in_order(tmp_path, monkeypatch):
         assert segments[0] == (0, 1), "the first segment measures one step"
         assert [a for a, _ in segments[1:]] == [b for _, b in segments[:-1]]
         assert any(b == BOUNDARY for _, b in segments), "no segment crosses the boundary"
-        assert not await r.stages.artifacts.exists(f"{job_id}/checkpoints/1-1.safetensors")
+        assert not await is_there(r.stages.artifacts, f"{job_id}/checkpoints/1-1.safetensors")
         assert [t["stage"] for t in job.artifacts["timings"]][0] == "TextEncoder"
 
 
@@ -505,7 +505,7 @@ async def test_the_state_at_the_boundary_outlives_the_job(tmp_path, monkeypatch)
         job_id = await r.submit()
         job = await r.wait(job_id)
         assert job.boundary_state == f"{job_id}/boundary-1.safetensors"
-        assert await r.stages.artifacts.exists(job.boundary_state)
+        assert await is_there(r.stages.artifacts, job.boundary_state)
         await eventually_gone(r.stages.artifacts, f"{job_id}/checkpoints/1-20.safetensors")
 
 
@@ -513,12 +513,12 @@ async def test_no_boundary_state_is_kept_where_that_is_off(tmp_path, monkeypatch
     async with running(tmp_path, monkeypatch, keep_boundary_states=False) as r:
         job_id = await r.submit()
         assert (await r.wait(job_id)).boundary_state is None
-        assert not await r.stages.artifacts.exists(f"{job_id}/boundary-1.safetensors")
+        assert not await is_there(r.stages.artifacts, f"{job_id}/boundary-1.safetensors")
 
 
 async def eventually_gone(artifacts, key: str) -> None:
     deadline = time.monotonic() + 5
-    while await artifacts.exists(key):
+    while await is_there(artifacts, key):
         assert time.monotonic() < deadline, f"{key} is still there"
         await asyncio.sleep(0.02)
 
@@ -549,7 +549,7 @@ async def test_a_branch_runs_the_low_noise_half_and_survives_a_death_in_it(tmp_p
         assert (job.status, job.attempt) == ("completed", 2)
         assert [a for a, _ in r.stages.segments(job_id)][:2] == [BOUNDARY, BOUNDARY]
         assert job.boundary_state == f"{job_id}/boundary-0.safetensors"
-        assert await r.stages.artifacts.exists(job.boundary_state), "branches of it need it"
+        assert await is_there(r.stages.artifacts, job.boundary_state), "branches of it need it"
 
 
 async def test_a_branch_whose_state_is_gone_fails_in_plain_words(tmp_path, monkeypatch):
