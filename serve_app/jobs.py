@@ -227,13 +227,16 @@ class JobStore:
 
     @runs_to_its_end
     async def queue_position(self, job_id: str) -> int | None:
-        """The number of jobs ahead in the queue, of whatever model; None once it is not queued."""
+        """The number of jobs of its model that will be claimed before this one: models do not wait
+        for each other. None once it is not queued."""
         other = jobs.alias().c
         ahead = sa.or_(
             other.priority > _c.priority,
             sa.and_(other.priority == _c.priority, other.seq < _c.seq),
         )
-        num_ahead = sa.select(sa.func.count()).where(other.status == QUEUED, ahead)
+        num_ahead = sa.select(sa.func.count()).where(
+            other.status == QUEUED, other.model == _c.model, ahead
+        )
         query = sa.select(num_ahead.correlate(jobs).scalar_subquery())
         async with self._database.transaction() as connection:
             return await connection.scalar(query.where(_is_job(job_id, None), _c.status == QUEUED))

@@ -54,8 +54,8 @@ class Video(BaseModel):
     """A video job. After `remixed_from_video_id` follow this service's own fields.
 
     `seconds` is the time from the first frame to the last, (num_frames - 1) / fps.
-    `cache` is 0 when every step is computed. `queue_position` counts the jobs before this one and
-    is null in lists; `seconds_left` is an estimate; `prompt` is what the client wrote,
+    `cache` is 0 when every step is computed. `queue_position` counts its model's jobs before it
+    and is null in lists; `seconds_left` is an estimate; `prompt` is what the client wrote,
     `revised_prompt` what the model is given instead (cinematography composed in, extended),
     `prompt_note` why it was not extended although asked for; `variants` names the files that can be
     downloaded now, `preview` among them before the end; `can_branch` says whether `branch_from` may

@@ -157,6 +157,8 @@ async def test_queue_position_counts_the_jobs_ahead(store, submit, claim):
     late, urgent = await submit(), await submit(priority=1)
     assert await store.queue_position(urgent.id) == 0
     assert await store.queue_position(late.id) == 1
+    other = await submit(model="another")
+    assert await store.queue_position(other.id) == 0, "it waits for no job of another model"
     await claim()
     assert await store.queue_position(urgent.id) is None
     assert await store.queue_position(late.id) == 0
