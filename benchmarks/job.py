@@ -56,7 +56,7 @@ CASES = {
             "solver": "euler",
             "shift": 5.0,
             "guidance": 1.0,
-        },  # fmt: skip
+        },
     ),
     "ti2v-50": Case(
         title="TI2V-5B 1280x704x121, 50 steps",
