@@ -21,8 +21,10 @@ FETCH_TIMEOUT_S = 20.0
 
 _DATA_URI = re.compile(r"data:[\w.+/-]*(?:;[\w.+-]+=[\w.+-]*)*;base64,", re.IGNORECASE)
 
-# IPv6 networks that stand for IPv4 addresses, private ones too: NAT64 (RFC 6052) and 6to4.
-_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16")))
+# IPv6 networks that stand for IPv4 addresses, private ones too: NAT64 (RFC 6052, 8215), 6to4 and
+# IPv4-compatible ones; and the site-local one, which `is_global` does not know.
+_TRANSLATED = ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "::/96")
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, (*_TRANSLATED, "fec0::/10")))
 
 
 class ImageTooLarge(ValueError):
@@ -123,9 +125,8 @@ async def _allowed_address(host: str, port: int | None, allowed_hosts: tuple[str
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return address.is_global and not any(
-        address.version == 6 and address in network for network in _TRANSLATED
-    )
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_global and not any(address in network for network in _NOT_PUBLIC)
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -112,7 +112,11 @@ async def test_a_host_that_is_not_listed_is_not_asked(url, allowed_hosts):
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("address", ["10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "fe80::1"])
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::", "fe80::1", "fec0::1",
+     "::ffff:100.64.0.1", "::10.0.0.1", "::1"],
+)  # fmt: skip
 async def test_a_name_that_leads_to_a_private_address_is_not_asked(monkeypatch, address):
     async def resolved(*_):
         return [(None, None, None, "", (address, 443))]
