@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from serve_app.client.service import ClientError, KeyRefused, Service, Unreachable
 
@@ -28,8 +28,15 @@ import json, torch
 cuda = torch.cuda.is_available()
 num_gpus = torch.cuda.device_count() if cuda else 0
 gpus = [torch.cuda.get_device_properties(i) for i in range(num_gpus)]
+try:
+    from cuda.bindings import nvrtc
+    compiles = int(nvrtc.nvrtcVersion()[0]) == 0
+except Exception:
+    compiles = False
 print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
-                  "gpus": [f"{g.name}, {g.total_memory / 2**30:.0f} GiB" for g in gpus]}))
+                  "gpus": [f"{g.name}, {g.total_memory / 2**30:.0f} GiB" for g in gpus],
+                  "hopper": any((g.major, g.minor) == (9, 0) for g in gpus),
+                  "compiles": compiles}))
 """
 _AV_PROBE = """
 import json, av
@@ -114,19 +121,24 @@ def _torch() -> Iterator[Check]:
         advice = "install a CUDA build of torch that this driver can run"
         found = f"there is one (driver {driver}), but torch {told['version']} cannot use it"
         yield Check(name="GPU", status="fail", found=found, advice=advice)
-    yield _flash_attention(is_useful=bool(told["gpus"]))
+    yield _kernels(told)
 
 
-def _flash_attention(*, is_useful: bool) -> Check:
+def _kernels(told: dict[str, Any]) -> Check:
+    """What the fast kernels need: our own, on Hopper, a compiler; others FlashAttention."""
+    if not told["gpus"]:
+        return Check(name="kernels", status="ok", found="none needed without a GPU")
+    if told["hopper"]:
+        if told["compiles"]:
+            return Check(name="kernels", status="ok", found="our own, compiled by cuda-bindings")
+        found = f"cuda-bindings for CUDA {told['built_for']} is not installed"
+        advice = "pip install '.[gpu]'; until then attention and decoding are slower"
+        return Check(name="kernels", status="warn", found=found, advice=advice)
     for name in FLASH_ATTENTION:
         if (version := _version(name)) is not None:
-            return Check(name="flash-attn", status="ok", found=f"{name} {version}")
-    if not is_useful:
-        return Check(
-            name="flash-attn", status="ok", found="not installed, nor needed without a GPU"
-        )
+            return Check(name="kernels", status="ok", found=f"{name} {version}")
     advice = "pip install '.[gpu]'; until then attention runs on torch's own kernels"
-    return Check(name="flash-attn", status="warn", found="not installed", advice=advice)
+    return Check(name="kernels", status="warn", found="flash-attn is not installed", advice=advice)
 
 
 def _nvidia_driver() -> str | None:

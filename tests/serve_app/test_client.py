@@ -273,9 +273,28 @@ async def test_doctor_looks_at_this_machine(url, tmp_path):
     done = await wan("doctor", "--json", "--url", url, "--data-dir", str(tmp_path / "not" / "yet"))
     assert done.exit_code == 0
     found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert {"python", "torch", "GPU", "flash-attn", "ray", "disk", "codec"} <= set(found)
+    assert {"python", "torch", "GPU", "kernels", "ray", "disk", "codec"} <= set(found)
     assert found["codec"]["found"].startswith("libx264 of ffmpeg")
     assert all(check["advice"] for check in found.values() if check["status"] != "ok")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "hopper", "compiles", "installed", "status", "said"),
+    [
+        ([], False, False, None, "ok", "none needed"),
+        (["H200"], True, True, None, "ok", "our own"),
+        (["H200"], True, False, "4.0", "warn", "cuda-bindings for CUDA 13.0"),
+        (["A100"], False, True, "4.0", "ok", "flash-attn-4 4.0"),
+        (["A100"], False, True, None, "warn", "flash-attn is not installed"),
+    ],
+)
+async def test_doctor_knows_what_each_gpu_is_quick_with(
+    monkeypatch, gpus, hopper, compiles, installed, status, said
+):
+    monkeypatch.setattr(doctor, "_version", lambda name: installed)
+    told = {"gpus": gpus, "hopper": hopper, "compiles": compiles, "built_for": "13.0"}
+    check = doctor._kernels(told)
+    assert check.status == status and said in check.found
 
 
 async def test_doctor_warns_of_little_space_and_fails_without_any(monkeypatch, tmp_path):
