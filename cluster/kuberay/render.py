@@ -27,8 +27,8 @@ class Fleet:
 
     config         path of the Serve config file, from the repository's root
     num_gpus       GPUs of one worker pod; num_cpus and memory_gib likewise
-    data_claim     PersistentVolumeClaim (ReadWriteMany: every pod mounts it) at WAN_DATA_DIR;
-                   None where the config names object storage
+    data_claim     PersistentVolumeClaim (ReadWriteMany: every pod mounts it) at WAN_DATA_DIR, for
+                   artifacts and downloaded checkpoints; None where the config names object storage
     secret         Secret whose keys become environment variables of every pod: API keys, the
                    database's and the object storage's credentials
     redis_address  host:port of a Redis that keeps Ray's cluster state over a loss of the head pod
@@ -154,6 +154,7 @@ def _pod(
     }
     spec: dict[str, Any] = {"containers": [main]}
     if fleet.data_claim:
+        main["env"].append({"name": "HF_HOME", "value": f"{DATA_DIR}/huggingface"})
         main["volumeMounts"] = [{"name": "data", "mountPath": DATA_DIR}]
         spec["securityContext"] = {"fsGroup": 1000}  # the image's user must be able to write there
         spec["volumes"] = [
