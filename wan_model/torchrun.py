@@ -52,10 +52,11 @@ class Processes:
             raise ValueError(f"device {device} is not there: use one of {known}")
         if self._store is None:
             return device
-        if device in gpus:
+        if device in gpus and self.num_ranks > 1:
             raise ValueError(f"device {device} is one GPU for every rank: use cuda under torchrun")
         if device == "cuda":
             device = f"cuda:{self._local_gpu()}"
+        if device in gpus:
             torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",

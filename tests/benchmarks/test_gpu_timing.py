@@ -5,12 +5,13 @@ import signal
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from benchmarks import step
 from benchmarks.gpu_timing import Record
 
 
-def test_a_case_that_outlasts_its_box_ends_though_a_kernel_of_it_was_guarded(tmp_path, monkeypatch):
-    monkeypatch.setattr(signal, "alarm", lambda s: signal.setitimer(signal.ITIMER_REAL, s and 0.05))
+def test_a_case_that_outlasts_its_box_ends_though_a_kernel_of_it_was_guarded(tmp_path):
     record = Record(tmp_path / "record.json", {"rows": []}, budget_s=60)
     found, bench = {}, SimpleNamespace(device="cpu")
 
@@ -18,7 +19,9 @@ def test_a_case_that_outlasts_its_box_ends_though_a_kernel_of_it_was_guarded(tmp
         for name in ("first", "second"):
             step.Bench._ceiling(bench, found, name, 1.0, lambda: time.sleep(0.5))
 
-    record.case("slow", slow, limit_s=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "alarm", lambda s: signal.setitimer(signal.ITIMER_REAL, s and 0.05))
+        record.case("slow", slow, limit_s=10)
     record.case("next", lambda: record.content["rows"].append("done"), limit_s=10)
     content = json.loads(record.path.read_text())
     assert content["failures"] == {"slow": "OutOfTime: the case outlasted its time box"}
