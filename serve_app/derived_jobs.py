@@ -80,7 +80,7 @@ def branch(
 ) -> NewJob:
     """The source from its boundary on, with the request's words, low-noise guidance and fps, in the
     low-noise expert of `model`; another seed draws the noise anew there. What the request leaves
-    out is the source's.
+    out is the source's; an empty cinematography is none, an empty negative prompt the model's own.
 
     Raises InvalidRequest naming the field that would change the high-noise half, or Conflict when
     there is no state at the boundary (yet, or any more).
@@ -93,15 +93,17 @@ def branch(
     _check_limits(model, params)
     job_id = new_job_id()
     state = f"{job_id}/boundary-0.safetensors"  # attempts count from 1
-    cinematography = request.cinematography and request.cinematography.chosen()
-    extend_prompt = request.prompt_extend
+    negative_prompt = source.negative_prompt
+    if request.negative_prompt is not None:
+        negative_prompt = request.negative_prompt or model.config.negative_prompt
+    shot, extend_prompt = request.cinematography, request.prompt_extend
     return NewJob(
         id=job_id,
         owner=source.owner,
         user=request.user,
         model=model.name,
         prompt=request.prompt,
-        negative_prompt=request.negative_prompt or source.negative_prompt,
+        negative_prompt=negative_prompt,
         params=dataclasses.asdict(params),
         num_steps=params.num_steps,
         predicted_s=model.predict_s(
@@ -113,7 +115,7 @@ def branch(
         **_own_images(source, job_id),
         idempotency_key=idempotency_key,
         request_hash=request_hash,
-        cinematography=cinematography or source.cinematography,
+        cinematography=source.cinematography if shot is None else shot.chosen(),
         extend_prompt=source.extend_prompt if extend_prompt is None else extend_prompt,
         branch_from=source.id,
         checkpoint=state,

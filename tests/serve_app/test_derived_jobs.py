@@ -166,6 +166,27 @@ async def test_another_seed_is_noise_of_its_own_from_the_boundary_on(service, cl
     assert (await service.store.get(remixed.json()["id"])).params == params
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ({"style": "anime"}, "rain")),
+        ({"cinematography": None, "negative_prompt": None}, ({"style": "anime"}, "rain")),
+        ({"cinematography": {"lens": "medium lens"}}, ({"lens": "medium lens"}, "rain")),
+        ({"cinematography": {}}, (None, "rain")),
+        ({"negative_prompt": ""}, ({"style": "anime"}, WAN_TINY.negative_prompt)),
+    ],
+)
+async def test_what_a_branch_leaves_out_is_its_sources_and_what_is_empty_is_not(
+    service, client, fields, expected
+):
+    source = await with_state(
+        service, client, cinematography={"style": "anime"}, negative_prompt="rain"
+    )
+    body = DOG | {"branch_from": source["id"]}
+    made = (await client.post("/v1/videos", json=body | fields)).json()
+    assert (made["cinematography"], made["negative_prompt"]) == expected
+
+
 async def test_saying_again_what_the_source_has_is_no_change(service, client):
     source = await with_state(service, client, seed=1)
     again = ("size", "num_frames", "num_inference_steps", "guidance_scale", "solver", "seed",
