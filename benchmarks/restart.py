@@ -1,6 +1,6 @@
 """How soon a restarted process of an expert can step: kernels compiled, and found on disk again.
 
-Owns the processes (one after another, the first ones with empty caches) and their clocks. The
+Owns the processes (one after another, the first one with an empty cache) and their clocks. The
 expert has the full width and two layers: its weights' time is `benchmarks.load`'s.
 
     python -m benchmarks.restart --output benchmarks/results/restart-h200.json
@@ -19,12 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-FA4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE"
-CASES = (  # name, whether FlashAttention 4 keeps what it compiles
-    ("nothing on disk", True),
-    ("kernels on disk", True),
-    ("kernels on disk, but FlashAttention 4's", False),
-)
+CASES = ("nothing on disk", "kernels on disk")
 
 
 def measure(device: str, *, tiny: bool) -> dict[str, float]:
@@ -79,15 +74,13 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, keeps in CASES:
-            environ = os.environ | {
-                "TRITON_CACHE_DIR": f"{folder}/triton",
-                f"{FA4_CACHE}_DIR": f"{folder}/fa4",
-                f"{FA4_CACHE}_ENABLED": str(int(keeps)),
-            }
+        for name in CASES:
+            environ = os.environ | {"TRITON_CACHE_DIR": f"{folder}/triton"}
             command = [sys.executable, "-m", "benchmarks.restart", "--device", device]
             command += ["--tiny"] * args.tiny
-            done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, timeout=200)
+            done = subprocess.run(
+                command, env=environ, stdout=subprocess.PIPE, timeout=200, check=True
+            )
             seconds = json.loads(done.stdout.splitlines()[-1])
             rows.append({"case": name, "seconds": sum(seconds.values()), "parts": seconds})
             print(rows[-1], flush=True)

@@ -43,7 +43,7 @@ logger = logging.getLogger("ray.serve.wan")
 ENGINE_MODULE = "wan_model.engine"
 
 KERNELS_ON_DISK = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
-"""Triton keeps what it compiles anyway: a restarted expert steps 10 s sooner on an H200."""
+"""FlashAttention 4 compiles for 2 s otherwise, each time; Triton keeps its kernels anyway."""
 
 
 def build(config: ServiceConfig) -> Application:
