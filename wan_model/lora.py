@@ -5,8 +5,9 @@ deltas are float32 sums: W += strength * (alpha / rank) * up @ down, and the ful
 (weight), `diff_b` (bias) and `diff_m` (modulation) W += strength * diff.
 
 Forms, by the beginning of their keys: "diffusion_model." with lora_down / lora_up (Lightning), the
-same with diff, diff_b, diff_m (Distill), or with lora_A / lora_B (PEFT); "transformer." or nothing
-with diffusers' module names; "lora_unet_" with underscores for dots (kohya).
+same with diff, diff_b, diff_m (Distill), or with lora_A / lora_B (PEFT, which itself writes
+"base_model.model." and an adapter_config.json); "transformer." or nothing with diffusers' module
+names; "lora_unet_" with underscores for dots (kohya).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_model.checkpoint_files import NUM_NAMED, open_tensors
+from wan_model.checkpoint_files import NUM_NAMED, TensorFile, open_tensors, read_json
 from wan_model.checkpoint_keys import (
     TRANSFORMER_MODULES,
     CheckpointError,
@@ -29,7 +31,8 @@ from wan_model.checkpoint_keys import (
     official_to_ours,
 )
 
-_PREFIXES = ("diffusion_model.", "base_model.model.", "transformer.", "lora_unet_")
+_PEFT_PREFIX = "base_model.model."
+_PREFIXES = ("diffusion_model.", _PEFT_PREFIX, "transformer.", "lora_unet_")
 _SUFFIXES = {
     ".lora_down.weight": "down",
     ".lora_A.weight": "down",
@@ -106,7 +109,10 @@ class LoRA:
 def load_lora(path: str | Path, strength: float = 1.0) -> LoRA:
     """Reads a LoRA of any of the five forms. Its tensors stay mapped in the file's dtype.
 
-    Raises CheckpointError for keys that no form has, incomplete pairs and DoRA.
+    A file as PEFT's `save_pretrained` writes it ("base_model.model.") is scaled by the
+    adapter_config.json beside it, and refused without one: its tensors do not tell the scale.
+
+    Raises CheckpointError for that, for keys that no form has, incomplete pairs and DoRA.
     """
     path = Path(path)
     if not math.isfinite(strength):
@@ -122,7 +128,7 @@ def load_lora(path: str | Path, strength: float = 1.0) -> LoRA:
                 unused.append(key)
             else:
                 modules.setdefault(module, {})[part] = (key, file.tensor(key))
-        peft = _peft_settings(path, file.metadata)
+        peft = _peft_settings(path, file)
     slots: dict[Slot, tuple[_Delta, ...]] = {}
     for module, parts in modules.items():
         for target, delta in _deltas(path, module, parts, peft):
@@ -150,7 +156,7 @@ def _deltas(
                 f"{path}: {key} has rank {down.shape[0]}, its other half {up.flatten(1).shape[1]}"
             )
         rank = down.shape[0]
-        scale = peft.scale(module, rank)
+        scale = peft.scale(_name_and_part(key)[0], rank)
         if "alpha" in parts:
             scale = parts.pop("alpha")[1].item() / rank
         yield weight, _Delta(key=key, up=up, down=down, scale=scale)
@@ -170,16 +176,17 @@ def _deltas(
 
 def _split(key: str) -> tuple[str | None, str]:
     """The key's official module name, None where there is no such module, and its part."""
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            name = key.removeprefix(prefix)
-            break
-    else:
-        name = key
+    name, part = _name_and_part(key)
+    return _official_module(name, part) if part else None, part
+
+
+def _name_and_part(key: str) -> tuple[str, str]:
+    """The module's name as the file has it, and the key's part of it, "" if it is none."""
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
     for suffix, part in _SUFFIXES.items():
-        if name.endswith(suffix):
-            return _official_module(name.removesuffix(suffix), part), part
-    return None, ""
+        if key.endswith(suffix):
+            return key.removeprefix(prefix).removesuffix(suffix), part
+    return "", ""
 
 
 def _official_module(name: str, part: str) -> str | None:
@@ -197,17 +204,18 @@ def _official_module(name: str, part: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _PEFTSettings:
-    """The scales that diffusers stores beside the tensors, in the file's metadata."""
+    """The scales that PEFT keeps apart from the tensors."""
 
     alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     uses_rslora: bool = False
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / rank (PEFT's rule), 1 without an alpha. Patterns are module names' ends."""
-        name, alpha = _diffusers_module(module), self.alpha
+        """alpha / rank (PEFT's rule), 1 without an alpha. Patterns are ends of the module's name
+        in the file, which is its name in the model that was trained."""
+        alpha = self.alpha
         for pattern, other in self.alpha_pattern.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = other
                 break
         if alpha is None:
@@ -215,24 +223,22 @@ class _PEFTSettings:
         return alpha / (math.sqrt(rank) if self.uses_rslora else rank)
 
 
-def _diffusers_module(official: str) -> str:
-    number = re.match(r"blocks\.(\d+)\.", official)
-    if not number:
-        return TRANSFORMER_MODULES.get(official, official)
-    template = f"blocks.N.{official[number.end() :]}"
-    return TRANSFORMER_MODULES.get(template, official).replace(".N.", f".{number[1]}.")
-
-
-def _peft_settings(path: Path, metadata: Mapping[str, str]) -> _PEFTSettings:
-    text = metadata.get("lora_adapter_metadata")
-    if text is None:
+def _peft_settings(path: Path, file: TensorFile) -> _PEFTSettings:
+    """From the file's metadata (diffusers) or from the config beside it (PEFT)."""
+    text = file.metadata.get("lora_adapter_metadata")
+    if text is not None:
+        try:
+            settings = {
+                key.removeprefix("transformer."): value for key, value in json.loads(text).items()
+            }
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: lora_adapter_metadata is not JSON ({error})") from error
+    elif any(key.startswith(_PEFT_PREFIX) for key in file.shapes) and not any(
+        key.endswith(".alpha") for key in file.shapes
+    ):
+        settings = _adapter_config(path)
+    else:
         return _PEFTSettings()
-    try:
-        settings = {
-            key.removeprefix("transformer."): value for key, value in json.loads(text).items()
-        }
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: lora_adapter_metadata is not JSON ({error})") from error
     if settings.get("use_dora"):
         raise CheckpointError(f"{path} is a DoRA (use_dora), which cannot be merged")
     return _PEFTSettings(
@@ -240,6 +246,19 @@ def _peft_settings(path: Path, metadata: Mapping[str, str]) -> _PEFTSettings:
         alpha_pattern=settings.get("alpha_pattern") or {},
         uses_rslora=bool(settings.get("use_rslora")),
     )
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    config = path.parent / "adapter_config.json"
+    if not config.is_file():
+        raise CheckpointError(
+            f"{path} does not tell its scale: put the {config.name} that PEFT wrote with it "
+            "beside it"
+        )
+    settings = read_json(config)
+    if not isinstance(settings.get("lora_alpha"), int | float):
+        raise CheckpointError(f"{config} has no lora_alpha")
+    return settings
 
 
 def _list(keys: list[str]) -> str:

@@ -91,18 +91,17 @@ def peft(pairs, prefix="diffusion_model."):
 
 
 def diffusers(pairs, prefix="transformer."):
-    renamed = {
-        official_to_diffusers_transformer(f"{module}.weight").removesuffix(".weight"): pair
-        for module, pair in pairs.items()
-    }
-    return peft(renamed, prefix)
+    return peft({diffusers_name(module): pair for module, pair in pairs.items()}, prefix)
+
+
+def diffusers_name(module):
+    return official_to_diffusers_transformer(f"{module}.weight").removesuffix(".weight")
 
 
 FORMS = {
     "lightning": (lightning, 8 / RANK),
     "kohya": (kohya, 8 / RANK),
     "peft": (peft, 1.0),
-    "peft of a whole model": (lambda pairs: peft(pairs, "base_model.model."), 1.0),
     "diffusers": (diffusers, 1.0),
     "diffusers without prefix": (lambda pairs: diffusers(pairs, ""), 1.0),
 }
@@ -210,6 +209,100 @@ def test_strength_zero_changes_nothing(checkpoint, weights, tmp_path):
     path = write(tmp_path / "lora.safetensors", lightning(draw_pairs(weights)))
     result = merged(checkpoint, load_lora(path, 0.0))
     assert all(torch.equal(result[key], weights[key]) for key in weights)
+
+
+# -------------------------------------------------------------------- as PEFT's save_pretrained
+
+
+def save_pretrained(folder, pairs, **settings):
+    """The two files that PEFT writes: the metadata is all that the first one says."""
+    config = {
+        "alpha_pattern": {}, "bias": "none", "lora_alpha": 32, "peft_type": "LORA", "r": RANK,
+        "rank_pattern": {}, "use_dora": False, "use_rslora": False,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    tensors = peft(pairs, "base_model.model.")
+    return write(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+
+SETTINGS = {
+    "one alpha": ({}, [8, 8, 8]),
+    "rslora": ({"use_rslora": True}, [16, 16, 16]),
+    "an alpha by name": ({"alpha_pattern": {"blocks.0.self_attn.k": 2}}, [8, 0.5, 8]),
+    "an alpha by a pattern": ({"alpha_pattern": {r"self_attn\.[qk]": 2}}, [0.5, 0.5, 8]),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_config_that_peft_saves_beside_the_tensors_scales_them(
+    checkpoint, weights, tmp_path, settings
+):
+    modules = ["blocks.0.self_attn.q", "blocks.0.self_attn.k", "blocks.0.ffn.0"]
+    pairs = draw_pairs(weights, modules)
+    given, scales = SETTINGS[settings]
+    result = merged(checkpoint, load_lora(save_pretrained(tmp_path, pairs, **given)))
+    for module, scale in zip(modules, scales, strict=True):
+        down, up = pairs[module]
+        expected = weights[f"{module}.weight"] + scale * (up @ down)
+        torch.testing.assert_close(result[f"{module}.weight"], expected, **CLOSE, msg=module)
+
+
+def test_pefts_config_counts_the_rank_of_each_module(checkpoint, weights, tmp_path):
+    module = "blocks.0.self_attn.q"
+    down, up = draw_pairs(weights, [module])[module]
+    pairs = {module: (down[:2], up[:, :2])}
+    path = save_pretrained(tmp_path, pairs, rank_pattern={module: 2})
+    result = merged(checkpoint, load_lora(path))[f"{module}.weight"]
+    expected = weights[f"{module}.weight"] + 16 * (up[:, :2] @ down[:2])
+    torch.testing.assert_close(result, expected, **CLOSE)
+
+
+def test_pefts_patterns_are_in_the_names_of_the_model_that_was_trained(
+    checkpoint, weights, tmp_path
+):
+    module = "blocks.1.cross_attn.o"
+    down, up = draw_pairs(weights, [module])[module]
+    name = diffusers_name(module)
+    path = save_pretrained(tmp_path, {name: (down, up)}, alpha_pattern={name: 2})
+    result = merged(checkpoint, load_lora(path))[f"{module}.weight"]
+    torch.testing.assert_close(result, weights[f"{module}.weight"] + 0.5 * (up @ down), **CLOSE)
+
+
+def test_pefts_tensors_without_their_config_are_refused_unless_they_tell_their_alpha(
+    checkpoint, weights, tmp_path
+):
+    module = "blocks.0.self_attn.q"
+    down, up = draw_pairs(weights, [module])[module]
+    path = save_pretrained(tmp_path, {module: (down, up)})
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"put the adapter_config.json .* beside it$"):
+        load_lora(path)
+    told = peft({module: (down, up)}, "base_model.model.")
+    told[f"base_model.model.{module}.alpha"] = torch.tensor(2.0)
+    result = merged(checkpoint, load_lora(write(path, told)))[f"{module}.weight"]
+    torch.testing.assert_close(result, weights[f"{module}.weight"] + 0.5 * (up @ down), **CLOSE)
+
+
+def test_pefts_config_is_nothing_to_a_file_of_another_form(checkpoint, weights, tmp_path):
+    pairs = draw_pairs(weights, MODULES[:1])
+    save_pretrained(tmp_path, pairs)
+    path = write(tmp_path / "other.safetensors", peft(pairs))
+    down, up = pairs[MODULES[0]]
+    key = f"{MODULES[0]}.weight"
+    result = merged(checkpoint, load_lora(path))
+    torch.testing.assert_close(result[key], weights[key] + up @ down, **CLOSE)
+
+
+def test_a_config_of_peft_that_cannot_be_used_is_refused(weights, tmp_path):
+    pairs = draw_pairs(weights, MODULES[:1])
+    with pytest.raises(CheckpointError, match="use_dora"):
+        load_lora(save_pretrained(tmp_path, pairs, use_dora=True))
+    with pytest.raises(CheckpointError, match="adapter_config.json has no lora_alpha"):
+        load_lora(save_pretrained(tmp_path, pairs, lora_alpha=None))
+    path = save_pretrained(tmp_path, pairs)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="adapter_config.json is not readable JSON"):
+        load_lora(path)
 
 
 # ------------------------------------------------------------------------- against diffusers
