@@ -10,7 +10,7 @@ import struct
 import zlib
 from io import BytesIO
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 MAX_PIXELS = 64 * 1024 * 1024
 """200 MB once decoded; twice what cameras make."""
@@ -18,6 +18,18 @@ MAX_PIXELS = 64 * 1024 * 1024
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
 """What pillow raises for files that are not what they claim to be."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientations that are not upright -> what makes them so (ROTATE_90 is to the left)."""
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -52,9 +64,18 @@ def open_upright(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         )
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
     except _UNREADABLE as error:
         raise ValueError("the image file is damaged or cut short") from error
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    # Not ImageOps.exif_transpose: it also writes all tags anew, and fails at one of an odd type.
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION))
+    except (*_UNREADABLE, TypeError):  # whose EXIF is unreadable is taken as it lies
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

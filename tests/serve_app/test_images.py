@@ -32,6 +32,13 @@ def test_a_photo_taken_sideways_is_measured_upright():
     assert upright_size(photo, max_pixels=600) == (20, 30)
 
 
+def test_a_sideways_photo_with_a_tag_of_an_odd_type_is_measured_too():
+    tags = b"\1\x12\0\3\0\0\0\1\0\6\0\0" + b"\1\x1a\0\2\0\0\0\5\0\0\0\x26"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + tags + bytes(4) + b"72.0\0"  # XResolution as text
+    photo = picture(8, 6, format="JPEG", exif=exif)
+    assert upright_size(photo, max_pixels=600) == (6, 8)
+
+
 @pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF"])
 def test_other_formats_are_refused(format):
     with pytest.raises(ValueError, match="JPEG, PNG or WebP"):

@@ -9,6 +9,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from wan_model.image_file import open_image
 
@@ -75,13 +76,58 @@ def test_formats_other_than_the_three_are_refused() -> None:
         open_image(image_bytes(photo(8, 8), "TIFF"))
 
 
-def test_the_orientation_in_the_exif_data_is_applied() -> None:
+ORIENTATIONS = {
+    0: ["ab", "cd", "ef"], 1: ["ab", "cd", "ef"], 2: ["ba", "dc", "fe"], 3: ["fe", "dc", "ba"],
+    4: ["ef", "cd", "ab"], 5: ["ace", "bdf"], 6: ["eca", "fdb"], 7: ["fdb", "eca"],
+    8: ["bdf", "ace"], 9: ["ab", "cd", "ef"],
+}  # fmt: skip
+"""What the picture ab, cd, ef is meant to look like, by the eight of EXIF; 0 and 9 are none."""
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_orientation_in_the_exif_data_is_applied(orientation: int, format: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side: turn it by 90 degrees clockwise
-    content = image_bytes(photo(30, 20), "PNG", exif=exif)
-    image = open_image(content)
-    assert image.size == (20, 30)
-    assert np.array_equal(np.array(image), np.rot90(np.array(photo(30, 20)), k=-1))
+    exif[0x0112] = orientation
+    letters = np.array([list("ab"), list("cd"), list("ef")]).view(np.uint32).astype(np.uint8)
+    stored = Image.fromarray(letters, "L").convert("RGB")
+    opened = open_image(image_bytes(stored, format, exif=exif, lossless=True))
+    rows = np.array(opened)[..., 0]
+    assert ["".join(map(chr, row)) for row in rows] == ORIENTATIONS[orientation]
+
+
+def exif_with_text(tag: int, text: bytes, orientation: int = 6) -> bytes:
+    """Two tags, the second stored as ASCII, whatever it ought to be."""
+    entries = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+    entries += struct.pack(">HHII", tag, 2, len(text), 8 + 2 + 2 * 12 + 4)
+    directory = struct.pack(">H", 2) + entries + bytes(4)
+    return b"Exif\0\0" + b"MM\0*" + struct.pack(">I", 8) + directory + text
+
+
+@pytest.mark.parametrize("tag", [0x011A, 0x0128, 0x8769], ids=["XResolution", "unit", "pointer"])
+def test_a_tag_of_an_odd_type_does_not_keep_a_photo_from_being_turned(tag: int) -> None:
+    content = image_bytes(photo(8, 6), "JPEG", exif=exif_with_text(tag, b"72.0\0"))
+    assert open_image(content).size == (6, 8)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0", b"Exif\0\0no directory", exif_with_text(0x011A, b"")[:20], b"Exif\0\0MM\0*"],
+    ids=["empty", "no header", "cut short", "header alone"],
+)
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pillow warns of such, and goes on
+def test_a_picture_whose_exif_data_is_unreadable_is_taken_as_it_lies(
+    format: str, exif: bytes
+) -> None:
+    assert open_image(image_bytes(photo(8, 6), format, exif=exif)).size == (8, 6)
+
+
+def test_texts_of_a_png_that_are_named_like_exif_data_are_not_taken_for_it() -> None:
+    for name in ("exif", "xmp", "Raw profile type exif"):
+        texts = PngInfo()
+        texts.add_itxt(name, "no exif data")
+        assert open_image(image_bytes(photo(8, 6), "PNG", pnginfo=texts)).size == (8, 6)
 
 
 def test_transparent_pixels_become_white() -> None:
