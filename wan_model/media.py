@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -51,8 +52,9 @@ class Mp4Writer:
                 writer.write(frames)
 
     Equal frames give a byte-identical file. `target` is a path, or a BytesIO that is filled at the
-    end. A block left by an exception leaves no file. ValueError for an odd width or height: yuv420p
-    needs even ones, and so has every size of the models.
+    end. A block left by an exception leaves no file, nor does a disk that fills up (OSError).
+    ValueError for an odd width or height: yuv420p needs even ones, and so has every size of the
+    models.
     """
 
     def __init__(
@@ -107,13 +109,16 @@ class Mp4Writer:
             self._container.close()
             if self._buffer is not None:
                 self._buffer.write(self._path.read_bytes())
-        finally:
-            if self._buffer is not None:
-                self._path.unlink()
+        except BaseException:
+            self.abort()
+            raise
+        if self._buffer is not None:
+            self._path.unlink()
 
     def abort(self) -> None:
         """Give up: nothing of the video stays behind."""
-        self._container.close()
+        with suppress(av.FFmpegError):  # a full disk has no room for the index either
+            self._container.close()
         self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Mp4Writer:

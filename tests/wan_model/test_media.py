@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -108,6 +111,43 @@ def test_a_failure_while_writing_leaves_no_file(tmp_path: Path) -> None:
     ):
         writer.write(moving_frames(40))
         raise RuntimeError("decoder died")
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """No file may grow larger: writing then fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("target", ["buffer", "path"])
+@pytest.mark.parametrize(
+    ("num_frames", "num_bytes"),
+    [(100, 40_000), (5, 40), (5, 1000)],
+    ids=["frames", "head", "index"],
+)
+def test_a_full_disk_leaves_no_file_and_is_told(
+    tmp_path: Path, monkeypatch, target: str, num_frames: int, num_bytes: int
+) -> None:
+    """Whether there is no room for the frames, for the file's head or for its index at the end."""
+    monkeypatch.setattr(media.tempfile, "tempdir", str(tmp_path))
+    noise = np.random.default_rng(0).integers(0, 256, (num_frames, HEIGHT, WIDTH, 3), np.uint8)
+    file = BytesIO() if target == "buffer" else tmp_path / "half.mp4"
+    in_frames = False
+    with (
+        room_for(num_bytes),
+        pytest.raises(OSError, match="File too large"),
+        media.Mp4Writer(file, width=WIDTH, height=HEIGHT, fps=FPS) as writer,
+    ):
+        in_frames = True
+        writer.write(noise)
+        in_frames = False
+    assert in_frames == (num_frames == 100)
     assert list(tmp_path.iterdir()) == []
 
 
