@@ -99,6 +99,7 @@ function describe() {
   const isBranch = origin?.kind === "branch";
   showImages(isBranch ? {} : (IMAGE_NEEDS[current.task] ?? {}));
   for (const name of OF_THE_SOURCE) elements[name].disabled = isBranch;
+  elements.seed.placeholder = isBranch ? "the original's" : "random";
   elements.size.placeholder = current.size;
   const [width, height] = current.size.split("x");
   const sizes = new Set([current.size, `${height}x${width}`]);
@@ -131,7 +132,7 @@ function cinematography() {
 // The request as the fields stand: {fields, images}. What is empty is the model's default.
 function read() {
   const { elements } = form;
-  const fields = { prompt: elements.prompt.value };
+  let fields = { prompt: elements.prompt.value };
   if (elements.model.value) fields.model = elements.model.value;
   const isGiven = (name) => !elements[name].disabled && elements[name].value.trim();
   for (const name of TEXTS.filter(isGiven)) fields[name] = elements[name].value.trim();
@@ -142,11 +143,19 @@ function read() {
   }
   const chosen = cinematography();
   if (Object.keys(chosen).length) fields.cinematography = chosen;
-  if (origin?.kind === "branch") fields.branch_from = origin.video.id;
+  if (origin?.kind === "branch") fields = branchOf(origin.video.id, fields);
   if (origin?.kind === "remix" && fields.model === origin.video.model) {
     Object.assign(fields, carriedBy(origin.video));
   }
   return { fields, images: chosenImages() };
+}
+
+// A branch takes what is left out from its source: what the form offers is said when empty, too.
+function branchOf(branch_from, fields) {
+  const empty = { negative_prompt: "" };
+  if (!$("cinema").hidden) empty.cinematography = {};
+  if (models.find(({ id }) => id === fields.model)?.extends_prompts) empty.prompt_extend = false;
+  return { ...empty, ...fields, branch_from };
 }
 
 async function submit() {
@@ -277,14 +286,15 @@ function describeOrigin() {
 
 export function copyVideoCurl(video) {
   const names = video.branch_from
-    ? ["negative_prompt", "seed", "fps", "guidance_scale_2", "cinematography", "branch_from"]
+    ? ["negative_prompt", "seed", "fps", "guidance_scale_2", "cinematography"]
     : [...TEXTS, ...NUMBERS, ...CARRIED, "cinematography", "preview"];
   const fields = { prompt: video.prompt, model: video.model };
   for (const name of [...names, "prompt_extend"]) if (video[name]) fields[name] = video[name];
   if (isDefaultNegative(video)) delete fields.negative_prompt;
   const task = models.find(({ id }) => id === video.model)?.task;
   const needsImage = task === "i2v" && !video.branch_from; // the API does not give it back
-  return copyCurl(fields, needsImage ? { input_reference: "first-frame.png" } : {});
+  const request = video.branch_from ? branchOf(video.branch_from, fields) : fields;
+  return copyCurl(request, needsImage ? { input_reference: "first-frame.png" } : {});
 }
 
 function copyCurl(fields, images) {

@@ -152,6 +152,42 @@ def curl_request(command):
     return json.loads(words[words.index("-d") + 1])
 
 
+def test_what_is_cleared_in_a_branch_is_not_its_sources(service, open_page):
+    words = {"cinematography": {"style": "anime"}, "negative_prompt": "rain", "prompt_extend": True}
+    source = service.submit("a fox", model="t2v", num_inference_steps=6, **words)
+    assert service.wait(source)["cinematography"] == words["cinematography"]
+    page = open_page(service.url)
+    card(page, source).get_by_role("button", name="Branch").click()
+    assert page.get_by_label("Negative prompt").input_value() == "rain"
+    page.get_by_label("Negative prompt").fill("")
+    page.get_by_text("Cinematography").click()
+    page.get_by_label("Style").select_option("Any")
+    page.get_by_label("Extend the prompt").uncheck()
+    assert page.get_by_label("Seed", exact=True).get_attribute("placeholder") == "the original's"
+    branch = derived(page, "a fox with nothing else said")
+    card(page, branch).get_by_role("button", name="Copy as curl").click()
+    sent = curl_request(page.evaluate("navigator.clipboard.readText()"))
+    again = httpx.post(f"{service.url}/v1/videos", json=sent).raise_for_status().json()
+    defaults = {each["id"]: each for each in httpx.get(f"{service.url}/v1/models").json()["data"]}
+    for video in (service.get(branch), again):
+        assert video["branch_from"] == source
+        assert video["cinematography"] is None
+        assert video["negative_prompt"] == defaults["t2v"]["negative_prompt"]
+        assert not video["prompt_extend"]
+
+
+def test_what_the_form_could_not_offer_stays_the_sources_in_a_branch(service, open_page):
+    source = service.submit("a hen", model="t2v", num_inference_steps=6)
+    service.wait(source)
+    no_words = ("**/v1/cinematography", lambda route: route.abort())
+    page = open_page(service.url, routes=[no_words])
+    card(page, source).get_by_role("button", name="Branch").click()
+    page.get_by_role("button", name="Copy as curl").first.click()
+    sent = curl_request(page.evaluate("navigator.clipboard.readText()"))
+    assert sent["branch_from"] == source
+    assert "cinematography" not in sent
+
+
 def test_a_prompt_is_written_out_and_shown_when_that_is_chosen(service, open_page):
     page = open_page(service.url)
     fill_small(page, "a cat, written out", steps=2, model="t2v")
