@@ -117,7 +117,7 @@ def denoise(
 
 def encode(request: Request, placement: Placement, config: WanConfig) -> Arrays:
     """The job's Conditioning: prompt embeddings and, with an image, what the VAE makes of it."""
-    check_images(config, request.image, request.last_image)
+    check_images(config, request.image, request.last_image, request.params.num_frames)
     where = {"checkpoint": request.checkpoint, "revision": request.revision}
     negative_prompt = request.negative_prompt or config.negative_prompt
     encoder = TextEncoderEngine(**where, device=placement.device, dtype=placement.dtype)
@@ -150,7 +150,9 @@ def decode(request: Request, placement: Placement, state: Arrays) -> np.ndarray:
     return vae.decode_frames(state)
 
 
-def check_images(config: WanConfig, image: bytes | None, last_image: bytes | None) -> None:
+def check_images(
+    config: WanConfig, image: bytes | None, last_image: bytes | None, num_frames: int
+) -> None:
     """Raises ValueError when this model needs an image it has not got, or cannot use one."""
     if config.needs_image and image is None:
         raise ValueError(f"{config.name} makes a video from an image: an image is required")
@@ -158,6 +160,8 @@ def check_images(config: WanConfig, image: bytes | None, last_image: bytes | Non
         raise ValueError(f"{config.name} makes a video from text alone: it takes no image")
     if last_image is not None and image is None:
         raise ValueError("last_image needs a first image too")
+    if last_image is not None and (config.task != "i2v" or num_frames == 1):
+        raise ValueError("last_image has no effect: it needs an I2V model and more than one frame")
 
 
 def check_effects(request: Request, placement: Placement) -> None:
@@ -275,14 +279,15 @@ def _request(args: argparse.Namespace, processes: Processes) -> Request:
     config = open_checkpoint(args.checkpoint, revision=args.revision).config
     image = _read_image(args.image)
     last_image = _read_image(args.last_image)
-    check_images(config, image, last_image)
+    num_frames = config.num_frames if args.num_frames is None else args.num_frames
+    check_images(config, image, last_image, num_frames)
     width, height = args.size or (None, None)
     params = VideoParams.for_model(
         config,
         image_size=open_image(image).size if image is not None else None,
         width=width,
         height=height,
-        num_frames=args.num_frames,
+        num_frames=num_frames,
         fps=args.fps,
         num_steps=args.steps,
         seed=processes.agree(random.SystemRandom().randint(0, MAX_SEED))

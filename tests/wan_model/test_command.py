@@ -78,6 +78,12 @@ def mistakes():
         case("--image {bomb}", "pixels", task="i2v-A14B"),
         case("--image {missing}", "missing.png", task="i2v-A14B"),
         case("--last-image {image}", "last_image", task="ti2v-5B"),
+        case("--image {image} --last-image {image}", "it needs an I2V model", task="ti2v-5B"),
+        case(
+            "--image {image} --last-image {image} --num-frames 1",
+            "and more than one frame",
+            task="i2v-A14B",
+        ),
         case("--boundary-ratio 0.5", "boundary_ratio has no effect", task="ti2v-5B"),
         case("--lora-low-noise x.safetensors", "has no effect", task="ti2v-5B"),
         case("--lora-high-noise {missing}", "missing.png"),

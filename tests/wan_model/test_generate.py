@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from wan_model import engine as engine_module
+from wan_model import generate as generate_module
 from wan_model.config import Expert
 from wan_model.generate import Placement, Request, decode, encode, generate
 from wan_model.params import VideoParams
@@ -234,6 +235,22 @@ def test_cfg_parallel_is_refused_where_every_guidance_in_use_is_one(tiny, given)
     assert message == "cfg_parallel has no effect: with guidance 1 there is nothing to divide"
     one_of_two = request(tiny("t2v-A14B"), guidance_high_noise=1)
     assert "cfg 2" in refused(one_of_two, Placement(cfg_parallel=True)), "on one rank"
+
+
+def refused_images(monkeypatch, made: Request) -> str:
+    """What `generate` says, before it has opened the text encoder or the VAE."""
+    monkeypatch.delattr(generate_module, "TextEncoderEngine")
+    monkeypatch.delattr(generate_module, "VAEEngine")
+    return refused(made)
+
+
+@pytest.mark.parametrize(("task", "num_frames"), [("ti2v-5B", 9), ("i2v-A14B", 1)])
+def test_a_last_image_that_cannot_be_used_is_refused(tiny, monkeypatch, task, num_frames):
+    image = png(64, 32)
+    made = request(tiny(task), image=image, last_image=image, num_frames=num_frames)
+    assert refused_images(monkeypatch, made) == (
+        "last_image has no effect: it needs an I2V model and more than one frame"
+    )
 
 
 def swapped_experts(monkeypatch):
