@@ -280,6 +280,11 @@ def check_images(config: WanConfig, given: set[str], num_frames: int) -> None:
             "last_image has no effect here: it needs an I2V model and more than one frame",
             param="last_image",
         )
+    if config.task == "ti2v" and "input_reference" in given and num_frames == 1:
+        raise InvalidRequest(
+            "input_reference is the first frame, and there is one: nothing would be made",
+            param="input_reference",
+        )
 
 
 def request_hash(request: CreateVideo, images: Mapping[str, bytes]) -> str:

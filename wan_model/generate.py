@@ -162,6 +162,8 @@ def check_images(
         raise ValueError("last_image needs a first image too")
     if last_image is not None and (config.task != "i2v" or num_frames == 1):
         raise ValueError("last_image has no effect: it needs an I2V model and more than one frame")
+    if config.task == "ti2v" and image is not None and num_frames == 1:
+        raise ValueError("image leaves nothing to make: it is the first frame, and there is one")
 
 
 def check_effects(request: Request, placement: Placement) -> None:

@@ -205,6 +205,7 @@ def test_a_form_field_given_twice_is_refused(twice):
         (WAN_TINY_I2V, {"input_reference", "last_image"}, 1, "last_image"),
         (WAN_TINY_TI2V, {"input_reference", "last_image"}, 17, "last_image"),
         (WAN_TINY_TI2V, {"last_image"}, 17, "last_image"),
+        (WAN_TINY_TI2V, {"input_reference"}, 1, "input_reference"),
         (WAN_TINY, {"input_reference"}, 17, "input_reference"),
     ],
 )
@@ -215,17 +216,19 @@ def test_images_a_model_cannot_use_are_refused(config, given, num_frames, param)
 
 
 @pytest.mark.parametrize(
-    ("config", "given"),
+    ("config", "given", "num_frames"),
     [
-        (WAN_TINY, set()),
-        (WAN_TINY_TI2V, set()),
-        (WAN_TINY_TI2V, {"input_reference"}),
-        (WAN_TINY_I2V, {"input_reference"}),
-        (WAN_TINY_I2V, {"input_reference", "last_image"}),
+        (WAN_TINY, set(), 17),
+        (WAN_TINY_TI2V, set(), 17),
+        (WAN_TINY_TI2V, set(), 1),
+        (WAN_TINY_TI2V, {"input_reference"}, 17),
+        (WAN_TINY_I2V, {"input_reference"}, 17),
+        (WAN_TINY_I2V, {"input_reference"}, 1),
+        (WAN_TINY_I2V, {"input_reference", "last_image"}, 17),
     ],
 )
-def test_images_a_model_can_use_are_taken(config, given):
-    check_images(config, given, 17)
+def test_images_a_model_can_use_are_taken(config, given, num_frames):
+    check_images(config, given, num_frames)
 
 
 def test_the_request_hash_sees_every_field_and_the_images_bytes_alone():

@@ -84,6 +84,7 @@ def mistakes():
             "and more than one frame",
             task="i2v-A14B",
         ),
+        case("--image {image} --num-frames 1", "image leaves nothing to make", task="ti2v-5B"),
         case("--boundary-ratio 0.5", "boundary_ratio has no effect", task="ti2v-5B"),
         case("--lora-low-noise x.safetensors", "has no effect", task="ti2v-5B"),
         case("--lora-high-noise {missing}", "missing.png"),

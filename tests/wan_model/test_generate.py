@@ -253,6 +253,13 @@ def test_a_last_image_that_cannot_be_used_is_refused(tiny, monkeypatch, task, nu
     )
 
 
+def test_an_image_that_would_be_the_whole_video_is_refused(tiny, monkeypatch):
+    made = request(tiny("ti2v-5B"), image=png(64, 32), num_frames=1)
+    assert refused_images(monkeypatch, made) == (
+        "image leaves nothing to make: it is the first frame, and there is one"
+    )
+
+
 def swapped_experts(monkeypatch):
     original = engine_module.ExpertEngine.__init__
 
