@@ -5,7 +5,7 @@
 const KEY_NAME = "wan-api-key";
 export const ROOT = new URL("v1/", document.baseURI);
 
-// An answer that is not a success. `status` 0: no answer at all.
+// An answer that is no success, or cannot be read. `status` 0: no answer at all.
 export class Failure extends Error {
   constructor(status, message, { param = null, code = null, retryAfterS = null } = {}) {
     super(message);
@@ -61,8 +61,16 @@ export async function request(path, options = {}) {
   }
 }
 
+const UNREADABLE = "the answer was cut off or is not the service's: try again, or reload the page";
+
 export async function json(path, options) {
-  return parse(await (await request(path, options)).text());
+  const answer = await request(path, options);
+  try {
+    return parse(await answer.text());
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Failure(answer.status, UNREADABLE);
+  }
 }
 
 // Seeds have 63 bits, JavaScript's numbers 53: a seed is kept as the text it came as. Inside a
@@ -90,6 +98,7 @@ export async function ready() {
   let answer;
   try {
     answer = await fetch(new URL("ready", document.baseURI), { cache: "no-store" });
+    if (answer.ok) JSON.parse(await answer.text()); // a login page in between answers 200, too
   } catch {
     throw new Failure(0, "the service cannot be reached");
   }

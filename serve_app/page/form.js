@@ -217,7 +217,7 @@ async function post(path, fields, images) {
     unanswered = null;
     return video;
   } catch (failure) {
-    if (failure.status && failure.status < 500) unanswered = null;
+    if (failure.status >= 400 && failure.status < 500) unanswered = null;
     throw failure;
   }
 }

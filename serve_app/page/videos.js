@@ -46,9 +46,11 @@ export async function refresh() {
     if (asOf === changes) merge(page);
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure; // the banner says what is wrong
+  } finally {
+    const isMoving = [...cards.values()].some(({ video }) => isActive(video));
+    const waitS = isMoving ? LOOK_S.active : LOOK_S.idle;
+    if (!document.hidden) timer = setTimeout(refresh, waitS * 1000);
   }
-  const waitS = [...cards.values()].some(({ video }) => isActive(video)) ? LOOK_S.active : LOOK_S.idle;
-  if (!document.hidden) timer = setTimeout(refresh, waitS * 1000);
 }
 
 function merge(page) {

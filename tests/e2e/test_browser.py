@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shlex
+import socketserver
+import threading
 
 import httpx
 import pytest
@@ -369,6 +371,80 @@ def test_a_lost_service_is_said_and_sending_again_makes_one_video(service, open_
     assert keys[0] == keys[1]
     videos = httpx.get(f"{service.url}/v1/videos", params={"limit": 10}).json()["data"]
     assert [video["prompt"] for video in videos].count("only once") == 1
+
+
+def test_a_login_page_in_its_place_is_no_service(open_page, tmp_path):
+    between = [True]
+
+    def ready(route):
+        if between:
+            route.fulfill(body="<!doctype html><title>Log in</title>", content_type="text/html")
+        else:
+            route.continue_()
+
+    with in_a_thread(tmp_path) as url:
+        page = open_page(url, routes=[("**/ready", ready)])
+        page.locator("#banner").get_by_text("The service cannot be reached.").wait_for()
+        between.clear()
+        page.locator("#banner").wait_for(state="hidden")
+        assert page.locator("#service").inner_text() == "Ready"
+
+
+class CutOff(socketserver.StreamRequestHandler):
+    """Answers with the beginning of a list, and hangs up."""
+
+    def handle(self):
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+            b'{"object": "list", "data": ['
+        )
+
+
+@pytest.fixture
+def cut_off():
+    """The URL of a server whose answers are all cut off."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), CutOff) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["a proxy's page", "cut off"])
+def test_an_answer_that_cannot_be_read_is_said_and_the_page_goes_on(
+    open_page, tmp_path, cut_off, kind
+):
+    unreadable, keys = [True], []
+
+    def answer(route):
+        if route.request.method == "POST":
+            keys.append(route.request.headers["idempotency-key"])
+        if not unreadable:
+            route.continue_()
+        elif kind == "cut off":
+            route.continue_(url=cut_off)
+        else:
+            route.fulfill(body="<!doctype html><title>Log in</title>", content_type="text/html")
+
+    with in_a_thread(tmp_path) as url:
+        page = open_page(url)
+        page.clock.install()
+        page.reload()
+        page.get_by_text("No videos yet").wait_for()
+        page.route("**/v1/videos*", answer)
+        with page.expect_event("request", lambda request: "limit" in request.url):
+            page.clock.fast_forward(15_000)  # to the next look
+        page.get_by_label("Prompt", exact=True).fill("only once")
+        page.get_by_role("button", name="Make video").click()
+        page.get_by_role("alert").filter(has_text="was cut off or is not the service's").wait_for()
+        unreadable.clear()
+        httpx.post(f"{url}/v1/videos", json={"prompt": "made elsewhere"}).raise_for_status()
+        page.clock.fast_forward(15_000)
+        page.get_by_role("heading", name="made elsewhere").wait_for()
+        page.get_by_role("button", name="Make video").click()
+        page.get_by_role("heading", name="only once").wait_for()
+        assert keys[0] == keys[1]
 
 
 def test_it_fits_a_phone_is_dark_in_the_dark_and_is_usable_by_keyboard(service, open_page):
