@@ -37,7 +37,10 @@ LoRAFiles = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to make: a checkpoint, words, images (encoded file bytes) and the numbers."""
+    """What to make: a checkpoint, words, images (encoded file bytes) and the numbers.
+
+    `negative_prompt` "" is the model's own.
+    """
 
     checkpoint: str
     prompt: str
@@ -183,7 +186,10 @@ def check_effects(request: Request, placement: Placement) -> None:
         raise ValueError(
             "boundary_seed has no effect: one expert takes every step of this schedule"
         )
-    if placement.cfg_parallel and {guidance for _, n, guidance, _ in experts if n} == {1}:
+    unguided = {guidance for _, n, guidance, _ in experts if n} == {1}
+    if request.negative_prompt and unguided:
+        raise ValueError("negative_prompt has no effect: with guidance 1 no step reads it")
+    if placement.cfg_parallel and unguided:
         raise ValueError("cfg_parallel has no effect: with guidance 1 there is nothing to divide")
 
 

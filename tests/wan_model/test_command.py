@@ -59,6 +59,13 @@ def test_one_seed_is_one_video(tiny, tmp_path):
     assert not np.array_equal(a, c)
 
 
+FOUR_STEPS = "--steps 4 --solver euler --shift 5 --guidance 1"  # as the README has them
+
+
+def test_the_four_steps_of_a_distilled_model_leave_the_negative_prompt_out(tiny, tmp_path):
+    assert run(tiny("t2v-A14B"), tmp_path / "v.npy", *FOUR_STEPS.split()) == 0
+
+
 def mistakes():
     def case(words: str, message: str, task="t2v-A14B"):
         return pytest.param(task, words.split(), message, id=words)
@@ -85,6 +92,7 @@ def mistakes():
             task="i2v-A14B",
         ),
         case("--image {image} --num-frames 1", "image leaves nothing to make", task="ti2v-5B"),
+        case(f"{FOUR_STEPS} --negative-prompt blurry", "negative_prompt has no effect"),
         case("--boundary-ratio 0.5", "boundary_ratio has no effect", task="ti2v-5B"),
         case("--lora-low-noise x.safetensors", "has no effect", task="ti2v-5B"),
         case("--lora-high-noise {missing}", "missing.png"),

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from wan_model import engine as engine_module
 from wan_model import generate as generate_module
 from wan_model.config import Expert
-from wan_model.generate import Placement, Request, decode, encode, generate
+from wan_model.generate import Placement, Request, check_effects, decode, encode, generate
 from wan_model.params import VideoParams
 from wan_model.schedule import build_schedule
 from wan_model.state import draw_noise
@@ -39,13 +39,13 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
     return file.getvalue()
 
 
-def request(folder, image=None, last_image=None, **given) -> Request:
+def request(folder, image=None, last_image=None, negative_prompt="blurry", **given) -> Request:
     config = open_checkpoint(str(folder)).config
     given = SIZE | {"num_steps": 6, "seed": 11} | given
     return Request(
         checkpoint=str(folder),
         prompt=PROMPT,
-        negative_prompt="blurry",
+        negative_prompt=negative_prompt,
         image=image,
         last_image=last_image,
         params=VideoParams.for_model(config, **given),
@@ -178,7 +178,7 @@ def test_resuming_from_an_exported_state_gives_the_same_latents(tiny, solver, st
 
 def test_guidance_of_one_is_the_prompt_alone(tiny):
     folder = tiny("t2v-A14B")
-    alone = generate(request(folder, guidance=1.0))["latents"]
+    alone = generate(request(folder, guidance=1.0, negative_prompt=""))["latents"]
     nearly = generate(request(folder, guidance=1.0 + 1e-9))["latents"]  # evaluates both passes
     np.testing.assert_allclose(alone, nearly, atol=TOLERANCE)
 
@@ -227,11 +227,25 @@ def test_a_boundary_seed_without_a_boundary_is_refused(tiny, given):
     )
 
 
-@pytest.mark.parametrize(
-    "given", [{"guidance": 1}, {"guidance_high_noise": 1, "boundary_ratio": 0}]
-)
+UNGUIDED = [
+    {"guidance": 1},
+    {"guidance_low_noise": 1, "boundary_ratio": 1},
+    {"guidance_high_noise": 1, "boundary_ratio": 0},
+]
+
+
+@pytest.mark.parametrize("given", UNGUIDED)
+def test_a_negative_prompt_is_refused_where_every_guidance_in_use_is_one(tiny, given):
+    message = refused(request(tiny("t2v-A14B"), **given))
+    assert message == "negative_prompt has no effect: with guidance 1 no step reads it"
+    check_effects(request(tiny("t2v-A14B"), negative_prompt="", **given), Placement())
+    check_effects(request(tiny("t2v-A14B"), guidance_low_noise=1), Placement())
+
+
+@pytest.mark.parametrize("given", UNGUIDED)
 def test_cfg_parallel_is_refused_where_every_guidance_in_use_is_one(tiny, given):
-    message = refused(request(tiny("t2v-A14B"), **given), Placement(cfg_parallel=True))
+    made = request(tiny("t2v-A14B"), negative_prompt="", **given)
+    message = refused(made, Placement(cfg_parallel=True))
     assert message == "cfg_parallel has no effect: with guidance 1 there is nothing to divide"
     one_of_two = request(tiny("t2v-A14B"), guidance_high_noise=1)
     assert "cfg 2" in refused(one_of_two, Placement(cfg_parallel=True)), "on one rank"
