@@ -289,7 +289,8 @@ export function copyVideoCurl(video) {
     ? ["negative_prompt", "seed", "fps", "guidance_scale_2", "cinematography"]
     : [...TEXTS, ...NUMBERS, ...CARRIED, "cinematography", "preview"];
   const fields = { prompt: video.prompt, model: video.model };
-  for (const name of [...names, "prompt_extend"]) if (video[name]) fields[name] = video[name];
+  const isSaid = (name) => ![null, false, ""].includes(video[name]); // 0 says something
+  for (const name of [...names, "prompt_extend"].filter(isSaid)) fields[name] = video[name];
   if (isDefaultNegative(video)) delete fields.negative_prompt;
   const task = models.find(({ id }) => id === video.model)?.task;
   const needsImage = task === "i2v" && !video.branch_from; // the API does not give it back

@@ -302,6 +302,21 @@ def test_with_api_keys_the_page_asks_for_one_and_then_does_everything(open_page,
         assert page.evaluate("localStorage.length") == 0
 
 
+def test_a_curl_command_says_the_zeros_of_its_video(open_page, tmp_path):
+    models = {"wan-tiny": {"checkpoint": "x", "defaults": {"cache": 0.05}}}
+    zeros = {"guidance_scale": 0, "guidance_scale_2": 0, "boundary_ratio": 0, "cache": 0, "seed": 0}
+    with in_a_thread(tmp_path, resolved(models=models)) as url:
+        body = {"prompt": "a cat", "size": "64x64", "num_frames": 9} | zeros
+        video = httpx.post(f"{url}/v1/videos", json=body).raise_for_status().json()
+        page = open_page(url)
+        ended(page, video["id"]).get_by_role("button", name="Copy as curl").click()
+        sent = curl_request(page.evaluate("navigator.clipboard.readText()"))
+        assert {name: sent.get(name) for name in zeros} == zeros
+        assert "preview" not in sent and "cinematography" not in sent
+        again = httpx.post(f"{url}/v1/videos", json=sent).raise_for_status().json()
+        assert {name: again[name] for name in zeros} == zeros
+
+
 def error(message, code, status, **headers):
     body = {"error": {"message": message, "type": "t", "param": None, "code": code}}
     return {"status": status, "headers": headers, "json": body}
