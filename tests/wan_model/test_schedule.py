@@ -50,13 +50,22 @@ def test_the_high_noise_expert_takes_the_official_number_of_steps(
     assert schedule(num_steps=steps, solver="dpm++").boundary_step == dpm_t2v
 
 
-def test_the_boundary_compares_the_truncated_timestep():
-    """875.x truncates to 875 and is still high noise; 874.9 is not."""
+def test_the_official_boundary_lies_between_two_steps():
     made = schedule(num_steps=40)
     first_low = made.boundary_step
     assert made.timesteps[first_low - 1] >= 875 > made.timesteps[first_low]
     assert made.expert_at(first_low - 1) is Expert.HIGH_NOISE
     assert made.expert_at(first_low) is Expert.LOW_NOISE
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_the_boundary_compares_the_truncated_timestep(solver):
+    """Only a boundary between two integers tells: 997.8 is below 997.5, being 997."""
+    plain = schedule(solver=solver)
+    exact = [1000 * sigma for sigma in plain.sigmas]
+    step = next(i for i, t in enumerate(exact) if 0.6 < t % 1 < 0.9)
+    made = schedule(solver=solver, boundary_ratio=(int(exact[step]) + 0.5) / 1000)
+    assert made.boundary_step == step
 
 
 def test_the_distilled_four_steps_are_shifted_once_and_keep_their_fractions():
