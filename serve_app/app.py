@@ -27,6 +27,7 @@ from serve_app.artifacts import Artifacts
 from serve_app.config import ServiceConfig
 from serve_app.ingress import make_ingress_app
 from serve_app.jobs import JobStore, check_database
+from serve_app.logs import log_as_serve_does
 from serve_app.pipeline import Pipeline
 from serve_app.prompt_extension import PromptExtender, engine_of
 from serve_app.stages import VAE, Expert, Stage, StageStores, TextEncoder
@@ -111,6 +112,7 @@ class Ingress:
     """One HTTP replica: the ASGI app of ingress.py with this service's stores. Keeps nothing."""
 
     async def __init__(self, service: ResolvedService, pipeline: Any) -> None:
+        log_as_serve_does()
         self.service = service
         self.pipeline = pipeline
         self.store = await JobStore.open(

@@ -25,6 +25,7 @@ from cluster.spec import GroupSpec
 from serve_app.artifacts import Arrays, Artifacts
 from serve_app.jobs import JobStore, Renewal, StoreUnavailable
 from serve_app.line import Line, Place
+from serve_app.logs import log_as_serve_does
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class Stage:
         stores: StageStores,
         start_group: StartGroup = RayGroup.start,
     ) -> None:
+        log_as_serve_does()
         self.name = name
         self.artifacts = Artifacts(stores.artifacts_url)
         self.store = await JobStore.open(stores.job_store_url)
