@@ -23,6 +23,7 @@ demo: setup  ## start the service, make one video of a prompt, stop the service
 	$(BIN)/python -m serve_app.demo
 
 serve: setup  ## start the service on http://127.0.0.1:8000 and leave it running
+	@$(BIN)/python -c 'import socket, sys; sys.exit(not socket.socket().connect_ex(("127.0.0.1", 8000)) and "something listens on 127.0.0.1:8000 already: stop it first")'
 	$(BIN)/serve run configs/local_tiny.yaml
 
 test: setup  ## run the test suite

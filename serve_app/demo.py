@@ -59,7 +59,11 @@ def service(config: Path, log: Path, environ: Mapping[str, str] | None = None) -
 
 def _wait_until_ready(process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    with tqdm(bar_format="starting the service: {elapsed} {postfix}") as bar:
+    with tqdm(
+        bar_format="starting the service: {elapsed} {postfix}",
+        dynamic_ncols=True,
+        disable=None,  # where nobody watches
+    ) as bar:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise DemoFailed(f"the service ended while it started: see {log}")
@@ -68,7 +72,7 @@ def _wait_until_ready(process: subprocess.Popen, log: Path) -> None:
                 if answer.status_code == 200:
                     return
                 if "error" in (body := _json(answer)):
-                    bar.set_postfix_str(body["error"]["message"])
+                    bar.set_postfix_str(body["error"]["message"], refresh=False)
             bar.refresh()
             time.sleep(0.5)
     raise DemoFailed(f"the service was not ready after {START_TIMEOUT_S:.0f} s: see {log}")

@@ -129,6 +129,9 @@ def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -
         raise ValueError(f"models.{name}.defaults.boundary_ratio has no effect on one expert")
     config = replace(row, **given)
     max_area, max_num_frames = model.max_area, model.max_num_frames
+    if max_num_frames == "auto":
+        stride_t = row.vae.stride[0]
+        max_num_frames = (2 * config.num_frames - 1) // stride_t * stride_t + 1
     served = ServedModel(
         name=name,
         config=config,
@@ -136,7 +139,7 @@ def _served_model(name: str, model: ModelConfig, row: WanConfig, created: int) -
         default_solver=model.defaults.solver,
         default_cache=model.defaults.cache,
         max_area=config.width * config.height if max_area == "auto" else max_area,
-        max_num_frames=2 * config.num_frames if max_num_frames == "auto" else max_num_frames,
+        max_num_frames=max_num_frames,
         max_num_steps=model.max_num_steps,
         profile=_profile(name, model, config),
     )

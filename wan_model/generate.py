@@ -328,6 +328,8 @@ def _request(args: argparse.Namespace, processes: Processes) -> Request:
 def _read_image(path: str | None) -> bytes | None:
     if path is None:
         return None
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing")
     data = Path(path).read_bytes()
     try:
         open_image(data)

@@ -168,7 +168,7 @@ def _disk(folder: Path) -> Check:
     except OSError as error:
         advice = "set WAN_DATA_DIR to a folder on a working disk"
         return Check(name="disk", status="fail", found=f"{there}: {error}", advice=advice)
-    found = f"{free_bytes / 2**30:.1f} GiB free for {folder}"
+    found = f"{free_bytes / 2**30:.1f} GiB free for {folder}, this shell's WAN_DATA_DIR"
     advice = "delete old videos, or set WAN_DATA_DIR to a folder on a larger disk"
     if free_bytes < MIN_FREE_BYTES:
         return Check(name="disk", status="fail", found=found, advice=advice)

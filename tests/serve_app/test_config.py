@@ -364,7 +364,7 @@ def test_limits_follow_the_defaults_unless_stated():
     auto = one(wan_config=WAN_TINY).served_models["m"]
     stated = one(wan_config=WAN_TINY, max_area=20_000, max_num_frames=18, max_num_steps=77)
     stated = stated.served_models["m"]
-    assert (auto.max_area, auto.max_num_frames) == (128 * 128, 34)
+    assert (auto.max_area, auto.max_num_frames) == (128 * 128, 33)
     limits = stated.max_area, stated.max_num_frames, stated.max_num_steps
     assert limits == (20_000, 18, 77)
 
