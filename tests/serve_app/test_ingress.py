@@ -280,6 +280,83 @@ async def test_a_body_that_cannot_be_read_is_refused(client, content_type, body)
     assert_error(await client.post("/v1/videos", content=body, headers=headers), 400)
 
 
+def multipart_with_an_image() -> tuple[dict[str, str], bytes]:
+    """Headers and body as httpx and the OpenAI SDK send them, the image last."""
+    request = httpx.Request(
+        "POST",
+        "http://any",
+        data={"prompt": "a cat", "model": "wan-tiny"},
+        files={"input_reference": ("c.png", picture(200, 100), "image/png")},
+    )
+    return {"content-type": request.headers["content-type"]}, request.read()
+
+
+@pytest.mark.parametrize("part", ["image", "image's headers", "boundary", "nothing"])
+async def test_a_multipart_body_that_is_cut_short_is_refused(service, client, part):
+    headers, body = multipart_with_an_image()
+    closing = body.rindex(b"\r\n--")
+    length = {
+        "image": closing - 20,
+        "image's headers": body.index(b"image/png"),
+        "boundary": len(body.rstrip()) - 1,
+        "nothing": 0,
+    }[part]
+    # wan-tiny takes no image: with its image dropped, this would be a request it can serve.
+    answer = await client.post("/v1/videos", content=body[:length], headers=headers)
+    assert "the form is cut short" in assert_error(answer, 400)
+    assert await service.store.list() == []
+
+
+@pytest.mark.parametrize("epilogue", [b"", b"\r\n", b"\r\n\r\n", b"\r\nan epilogue\r\n"])
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_a_multipart_body_may_end_in_any_way_after_its_closing_boundary(
+    client, epilogue, size
+):
+    headers, body = multipart_with_an_image()
+    body = body.rstrip().replace(b"wan-tiny", b"wan-tiny-i2v") + epilogue
+
+    async def pieces():
+        for start in range(0, len(body), size):
+            yield body[start : start + size]
+
+    answer = await client.post("/v1/videos", content=pieces(), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["size"] == "176x80"  # the image's shape
+
+
+def text_form(way: str, prompt: bytes) -> dict:
+    if way == "multipart":
+        head = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+        body, kind = head + prompt + b"\r\n--b--\r\n", "multipart/form-data; boundary=b"
+    elif way == "multipart of a charset":
+        return text_form("multipart", prompt) | {
+            "headers": {"content-type": "multipart/form-data; boundary=b; charset=iso-8859-1"}
+        }
+    else:
+        escaped = b"".join(b"%%%02x" % byte for byte in prompt)
+        body = b"prompt=" + (escaped if way == "escaped" else prompt)
+        kind = "application/x-www-form-urlencoded"
+    return {"content": body, "headers": {"content-type": kind}}
+
+
+TEXT_FORMS = ["multipart", "multipart of a charset", "escaped", "as curl -d sends it"]
+
+
+@pytest.mark.parametrize("way", TEXT_FORMS)
+@pytest.mark.parametrize("prompt", [b"\xff\xfe", "a café".encode("latin-1"), b"\xed\xa0\x80"])
+async def test_text_of_a_form_that_is_not_utf_8_is_refused_by_name(service, client, way, prompt):
+    answer = await client.post("/v1/videos", **text_form(way, prompt))
+    assert "UTF-8" in assert_error(answer, 400, param="prompt")
+    assert await service.store.list() == []
+
+
+@pytest.mark.parametrize("way", TEXT_FORMS)
+async def test_text_of_a_form_is_read_as_utf_8(client, way):
+    answer = await client.post("/v1/videos", **text_form(way, "a café, 猫".encode()))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["prompt"] == "a café, 猫"
+
+
 @pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}])
 async def test_a_body_of_another_type_is_refused(client, headers):
     assert_error(await client.post("/v1/videos", content=b"a cat", headers=headers), 415)
