@@ -23,8 +23,10 @@ from serve_app.prompt_extension import prompt_to_encode
 from serve_app.retry_policy import (
     BRANCH_LOST_MESSAGE,
     INTERNAL_MESSAGE,
+    STORAGE_DELAY_S,
     is_blameless,
     is_retryable,
+    is_storage_down,
     reason_of,
     retry_delay_s,
 )
@@ -227,6 +229,9 @@ class Attempt:
     async def _failed(self, error: Exception) -> Renewal:
         job_id, number = self.job.id, self.job.attempt
         logger.warning("%s: attempt %d: %s", job_id, number, error, exc_info=error)
+        if is_storage_down(error):
+            self.pipeline.pause_claims()
+            return await self.store.release(job_id, number, delay_s=STORAGE_DELAY_S)
         if is_blameless(error):
             return await self.store.release(job_id, number)
         if is_retryable(error) or await self._starts_over(error):

@@ -70,8 +70,9 @@ def cancel_asked(*, now: float, retention_s: float | None) -> Values:
     return moved | {"cancel_requested": True}
 
 
-def released(*, now: float, retention_s: float | None) -> Values:
-    return _moved_to(_unless_cancelled(QUEUED), now=now, retention_s=retention_s)
+def released(*, delay_s: float, now: float, retention_s: float | None) -> Values:
+    moved = _moved_to(_unless_cancelled(QUEUED), now=now, retention_s=retention_s)
+    return moved | {"available_at": now + delay_s}
 
 
 def attempt_failed(

@@ -397,9 +397,11 @@ class JobStore:
         """The owner has stopped the work, as asked."""
         return await self._write(job_id, attempt, transitions.cancelled(**self._ending()))
 
-    async def release(self, job_id: str, attempt: int) -> Renewal:
-        """Give an unfinished job back (drain, shutdown): no failure, the next claim takes it."""
-        return await self._write(job_id, attempt, transitions.released(**self._ending()))
+    async def release(self, job_id: str, attempt: int, *, delay_s: float = 0) -> Renewal:
+        """Give an unfinished job back (drain, shutdown, no storage): no failure, and the next claim
+        after `delay_s` takes it."""
+        values = transitions.released(delay_s=delay_s, **self._ending())
+        return await self._write(job_id, attempt, values)
 
     async def retry(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Mapping
@@ -34,8 +35,12 @@ JOBS_BESIDE_EXPERTS = 2
 """Of each model, more than its experts have places for: while some are encoded or decoded, none of
 the experts' places is empty."""
 CLAIM_POLL_S = 0.1
+CLAIM_PAUSE_S = 5.0
+"""Without storage every claimed job only comes back: too short, and the whole queue goes round."""
 RENEW_AT_MOST_S = 1.0
 EXPIRE_POLL_S = 60.0
+OUTAGE_POLL_S = 1.0
+OUTAGE_LOG_S = 60.0
 READY_POLL_S = 1.0
 ALL_READY_POLL_S = 5.0  # Serve's answer costs tens of milliseconds here and in its controller
 
@@ -79,6 +84,7 @@ class Pipeline:
         self.worker = f"pipeline-{uuid.uuid4().hex[:12]}"
         self.step_s: dict[tuple[str, str, int], float] = {}
         self.attempts: dict[Attempt, asyncio.Task] = {}
+        self.claims_from = time.monotonic()
         self.ready = dict.fromkeys(handles, False)
         loops = [self._claim_loop, self._renew_loop, self._expire_loop, self._ready_loop]
         if self.webhooks is not None:
@@ -115,7 +121,13 @@ class Pipeline:
             await self.webhooks.close()
         await self.store.close()
 
+    def pause_claims(self) -> None:
+        """For an attempt that found no storage: another job would find none either."""
+        self.claims_from = time.monotonic() + CLAIM_PAUSE_S
+
     async def _claim_loop(self) -> None:
+        while (pause_s := self.claims_from - time.monotonic()) > 0:
+            await asyncio.sleep(pause_s)
         job = None
         if models := self._models_with_room():
             job = await self.store.claim(
@@ -153,8 +165,10 @@ class Pipeline:
 
     async def _renew_loop(self) -> None:
         """Keeps the leases, and stops attempts that lost theirs or whose job is cancelled."""
-        await asyncio.sleep(min(RENEW_AT_MOST_S, self.settings.lease_s / 3))
-        attempts = list(self.attempts)
+        attempts: list[Attempt] = []
+        while not attempts:  # with none, nothing would be asked of the job store
+            await asyncio.sleep(min(RENEW_AT_MOST_S, self.settings.lease_s / 3))
+            attempts = list(self.attempts)
         # After a lost lease there may be two of one job here: the later one has the lease.
         numbers = {attempt.job.id: attempt.job.attempt for attempt in attempts}
         renewals = await self.store.renew_many(numbers, lease_s=self.settings.lease_s)
@@ -199,10 +213,20 @@ def _num_running_replicas() -> dict[str, int]:
 
 
 async def _forever(loop: Any) -> None:
-    """Runs `loop` again and again; a job store that does not answer is waited for."""
+    """Runs `loop` again and again; a job store that does not answer is waited for.
+
+    An outage is logged as it begins and ends, and once a minute meanwhile.
+    """
+    logged_at: float | None = None
     while True:
         try:
             await loop()
         except StoreUnavailable as error:
-            logger.warning("%s waits: %s", loop.__name__, error)
-            await asyncio.sleep(1.0)
+            if logged_at is None or time.monotonic() >= logged_at + OUTAGE_LOG_S:
+                logger.warning("%s waits: %s", loop.__name__, error)
+                logged_at = time.monotonic()
+            await asyncio.sleep(OUTAGE_POLL_S)
+        else:
+            if logged_at is not None:
+                logger.warning("%s goes on", loop.__name__)
+                logged_at = None

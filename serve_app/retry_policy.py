@@ -12,8 +12,10 @@ from cluster.errors import GroupDead
 from serve_app.artifacts import ArtifactError
 
 RETRY_DELAY_S = 0.5
-RETRY_DELAY_GROWTH = 4  # per failure: five attempts outlast 40 s without storage
+RETRY_DELAY_GROWTH = 4  # per failure: the fifth attempt begins 40 s after the first
 MAX_RETRY_DELAY_S = 60.0
+STORAGE_DELAY_S = 30.0
+"""How long a job waits that could not be stored: storage is waited for, however long it is gone."""
 
 INTERNAL_MESSAGE = "the video could not be made because of an error in the service"
 BRANCH_LOST_MESSAGE = (
@@ -25,6 +27,12 @@ def is_blameless(error: BaseException) -> bool:
     """The group died while this job only waited for its turn in it."""
     cause = getattr(error, "cause", error)
     return isinstance(cause, GroupDead) and not cause.was_sent
+
+
+def is_storage_down(error: BaseException) -> bool:
+    """The artifact store does not answer: no job is to blame, and none would fare better."""
+    cause = getattr(error, "cause", error)
+    return isinstance(cause, ArtifactError) and cause.retryable
 
 
 def is_retryable(error: BaseException) -> bool:

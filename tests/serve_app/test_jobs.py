@@ -306,6 +306,19 @@ async def test_a_released_job_is_claimed_again_at_once_and_has_not_failed(store,
         assert await store.release(job.id, job.attempt)
 
 
+async def test_a_job_released_with_a_delay_waits_it_out_and_has_not_failed(
+    store, submit, claim, clock
+):
+    await submit()
+    for attempt in range(1, MAX_ATTEMPTS + 3):
+        job = await claim()
+        assert (job.attempt, job.failures, job.total_failures) == (attempt, 0, 0)
+        assert await store.release(job.id, job.attempt, delay_s=30)
+        clock.advance(29)
+        assert await claim() is None
+        clock.advance(1)
+
+
 async def test_the_next_attempt_finds_the_last_checkpoint(store, submit, claim, clock):
     await submit()
     job = await claim()

@@ -7,20 +7,24 @@ that a test says what each call does. The real stages behind a real Serve are in
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from http_service import WAN_CONFIGS, StorageThatMayBeDown, is_there, resolved
+from ray.exceptions import RayTaskError
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.errors import RankDied
+from serve_app import attempt, preview, retry_policy
 from serve_app import pipeline as module
-from serve_app import preview, retry_policy
 from serve_app.app import replica_options
-from serve_app.jobs import JobStore, NewJob, new_job_id
+from serve_app.artifacts import ArtifactCorrupt, ArtifactMissing, ArtifactUnavailable
+from serve_app.jobs import JobStore, NewJob, StoreUnavailable, new_job_id
 from serve_app.pipeline import Pipeline
 from serve_app.stages import LeaseLost, StageReport, StageResult
 from serve_app.topology import ResolvedService
@@ -220,6 +224,17 @@ async def test_retries_wait_longer_each_time_but_no_longer_than_a_minute():
     assert set(waits_s[5:]) == {60}
 
 
+@pytest.mark.parametrize(
+    ("error", "is_down"),
+    [(ArtifactUnavailable, True), (ArtifactMissing, False), (ArtifactCorrupt, False)],
+)
+async def test_only_storage_that_does_not_answer_is_nobodys_fault(error, is_down):
+    here = error("artifact 'k'")
+    of_a_stage = RayTaskError("run", "Traceback", here).as_instanceof_cause()
+    assert retry_policy.is_storage_down(here) == is_down
+    assert retry_policy.is_storage_down(of_a_stage) == is_down
+
+
 async def test_a_job_that_only_waited_when_the_group_died_is_not_blamed(tmp_path, monkeypatch):
     async with running(tmp_path, monkeypatch) as r:
         left = [6]
@@ -235,6 +250,49 @@ async def test_a_job_that_only_waited_when_the_group_died_is_not_blamed(tmp_path
         job = await r.wait(await r.submit())
         assert (job.status, job.failures) == ("completed", 0)
         assert job.attempt == 7
+
+
+async def test_storage_that_is_gone_is_waited_for_and_costs_no_job_its_attempts(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(attempt, "STORAGE_DELAY_S", 0.1)
+    monkeypatch.setattr(module, "CLAIM_PAUSE_S", 0.02)
+    folder, aside = tmp_path / "artifacts", tmp_path / "aside"
+    async with running(tmp_path, monkeypatch, max_attempts=3, max_failures=4) as r:
+
+        async def lose_storage(job, from_step, to_step):
+            if from_step == 1 and not aside.exists():
+                folder.rename(aside)
+                folder.write_bytes(b"")  # or the next write would make another folder there
+
+        r.stages.on_run = lose_storage
+        jobs = [await r.submit() for _ in range(3)]
+        async with asyncio.timeout(20):
+            while min(job.attempt for job in await r.store.list()) < 5:
+                await asyncio.sleep(0.02)
+        folder.unlink()
+        aside.rename(folder)
+        r.stages.on_run = None
+        for job_id in jobs:
+            job = await r.wait(job_id)
+            assert (job.status, job.failures, job.total_failures) == ("completed", 0, 0)
+        assert r.stages.segments(jobs[0]).count((0, 1)) == 1, "it went on from its checkpoint"
+
+
+async def test_while_the_storage_is_gone_the_queue_does_not_go_round(tmp_path, monkeypatch):
+    async with running(tmp_path, monkeypatch) as r:
+
+        async def no_storage(job, from_step, to_step):
+            raise ArtifactUnavailable("artifact 'k' cannot be reached")
+
+        r.stages.on_run = no_storage
+        first = await r.submit()
+        await r.wait(first, "in_progress")
+        await r.wait(first, "queued")
+        second = await r.submit()
+        await asyncio.sleep(0.5)
+        assert (await r.store.get(first)).attempt == 1
+        assert (await r.store.get(second)).attempt == 0
 
 
 async def test_an_unreadable_checkpoint_means_starting_over(tmp_path, monkeypatch):
@@ -444,6 +502,33 @@ async def test_shutting_down_gives_the_jobs_back(tmp_path, monkeypatch):
     job = await store.get(job_id)
     assert (job.status, job.failures) == ("queued", 0)
     await store.close()
+
+
+async def test_a_long_outage_of_the_job_store_is_logged_once_a_minute_and_at_its_ends(
+    monkeypatch, caplog
+):
+    seconds = iter(range(1000))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(module, "OUTAGE_POLL_S", 0)
+    over = asyncio.Event()
+    now = 0.0
+
+    async def a_loop():
+        nonlocal now
+        now = float(next(seconds))
+        if now in range(10, 140):  # a try a second, down from 10 to 140
+            raise StoreUnavailable("the disk is full")
+        if now > 150:
+            over.set()
+            await asyncio.Event().wait()
+
+    with caplog.at_level(logging.INFO, logger=module.logger.name):
+        looping = asyncio.create_task(module._forever(a_loop))
+        await asyncio.wait_for(over.wait(), 10)
+    looping.cancel()
+    waits = "a_loop waits: the disk is full"
+    lines = [r.getMessage() for r in caplog.records if r.name == module.logger.name]
+    assert lines == [waits, waits, waits, "a_loop goes on"]
 
 
 # --- what goes, and when -----------------------------------------------------------------------
