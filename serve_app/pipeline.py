@@ -23,6 +23,7 @@ from serve_app.artifacts import Artifacts
 from serve_app.attempt import Attempt, ModelStages, cleaned_up
 from serve_app.jobs import JobStore, StoreUnavailable
 from serve_app.line import Line
+from serve_app.logs import log_as_serve_does
 from serve_app.prompt_extension import Extender
 from serve_app.retry_policy import INTERNAL_MESSAGE
 from serve_app.stages import JobCancelled, LeaseLost
@@ -53,6 +54,7 @@ class Pipeline:
     """
 
     async def __init__(self, service: ResolvedService, handles: Mapping[str, Any]) -> None:
+        log_as_serve_does()
         self.handles = dict(handles)
         self.experts = service.experts
         self.lines = {name: Line(groups.num_places(1)) for name, groups in self.experts.items()}
