@@ -2,6 +2,8 @@
 
 import logging
 
+from ray import serve
+
 from serve_app.logs import log_as_serve_does
 
 
@@ -10,11 +12,14 @@ def test_our_loggers_have_serves_handlers_and_level(monkeypatch):
     for name in ("ray.serve", "serve_app", "cluster"):
         monkeypatch.setattr(logging.getLogger(name), "handlers", [])
         monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
-    serve = logging.getLogger("ray.serve")
-    serve.addHandler(handler)
-    serve.setLevel(logging.INFO)
+    theirs = logging.getLogger("ray.serve")
+    theirs.addHandler(handler)
+    theirs.setLevel(logging.INFO)
     written = []
     handler.emit = written.append
+    log_as_serve_does()
+    assert logging.getLogger("serve_app").handlers == [], "this is no replica"
+    monkeypatch.setattr(serve, "get_replica_context", lambda: None)
     log_as_serve_does()
     for module in ("serve_app.attempt", "cluster.group"):
         logging.getLogger(module).info("%s has ended", module)
