@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 _KEY_PART = re.compile(r"\w[\w.-]*", re.ASCII)  # no "..", no hidden name, no empty part
 _CHECKSUM = "crc32"
+_MARK = ".wan-artifacts"
+"""A file in a local store's folder, no key: where it is not, the folder is gone or another one."""
 
 
 class ArtifactError(Exception):
@@ -71,6 +74,7 @@ class Artifacts:
         self._is_local = isinstance(self._fs, LocalFileSystem)
         if self._is_local:
             Path(self._root).mkdir(parents=True, exist_ok=True)
+            Path(self._root, _MARK).touch()
 
     async def put(self, key: str, data: bytes) -> None:
         """Store `data`; a reader, and a crash at any moment, sees the old value or the new one."""
@@ -142,8 +146,15 @@ class Artifacts:
 
     async def _call(self, key: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
         path = f"{self._root}/{_checked(key)}"
+
+        def call() -> T:
+            # A folder that is not mounted would seem to have lost all, and take new values.
+            if self._is_local and not os.path.exists(f"{self._root}/{_MARK}"):
+                raise OSError(errno.ENODEV, "the folder of the artifacts is not there")
+            return function(path, *args, **options)
+
         with _named_errors(key):
-            return await asyncio.to_thread(function, path, *args, **options)
+            return await asyncio.to_thread(call)
 
 
 def _checked(key: str) -> str:

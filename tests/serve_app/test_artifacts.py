@@ -209,3 +209,18 @@ async def test_an_s3_that_refuses_or_is_gone_is_a_retryable_error(s3_options):
         await gone.get(KEY)
     assert error.value.retryable
     assert "127.0.0.1" not in str(error.value)
+
+
+async def test_a_folder_that_is_gone_or_another_one_is_an_outage_not_a_loss(tmp_path):
+    store, folder = Artifacts(str(tmp_path / "art")), tmp_path / "art"
+    await store.put("job/input.png", b"picture")
+    folder.rename(tmp_path / "elsewhere")
+    for _ in ("no folder", "an empty one, as a mount point is"):
+        calls = (store.get("job/input.png"), store.put("job/x", b""), store.delete_prefix("job"))
+        for call in calls:
+            with pytest.raises(ArtifactUnavailable, match="folder of the artifacts is not there"):
+                await call
+        folder.mkdir(exist_ok=True)
+    folder.rmdir()
+    (tmp_path / "elsewhere").rename(folder)
+    assert await store.get("job/input.png") == b"picture"

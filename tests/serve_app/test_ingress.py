@@ -434,7 +434,7 @@ async def test_a_full_queue_answers_429_and_when_to_return(tmp_path, bound):
         assert int(answer.headers["retry-after"]) >= 1
         assert len(await service.store.list()) == 2
         # The refused job's image did not stay behind.
-        assert [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()] == []
+        assert [path for path in (tmp_path / "artifacts").rglob("[!.]*") if path.is_file()] == []
 
 
 # ----------------------------------------------------------------------------------- idempotency
@@ -457,7 +457,7 @@ async def test_an_idempotency_key_with_an_image_leaves_one_image(tmp_path, servi
             headers={"Idempotency-Key": "once"},
         )
         assert answer.status_code == 200
-    files = [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "artifacts").rglob("[!.]*") if path.is_file()]
     assert [path.parent.name for path in files] == [answer.json()["id"]]
 
 
@@ -544,7 +544,7 @@ async def test_deleting_a_queued_video_forgets_it(tmp_path, service, client):
     assert answer.json() == {"id": video_id, "object": "video.deleted", "deleted": True}
     assert_error(await client.get(f"/v1/videos/{video_id}"), 404, code="video_not_found")
     assert await service.store.get(video_id) is None
-    assert [path for path in (tmp_path / "artifacts").rglob("*") if path.is_file()] == []
+    assert [path for path in (tmp_path / "artifacts").rglob("[!.]*") if path.is_file()] == []
 
 
 async def test_deleting_a_running_video_asks_its_worker_to_stop_and_hides_it(service, client):
