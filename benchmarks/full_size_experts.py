@@ -16,6 +16,7 @@ from wan_model.config import TransformerConfig
 from wan_model.parallel import SequenceParallel
 from wan_model.transformer import WanTransformer, is_float32_island
 
+PRECISIONS = ("bf16", "fp8", "fp8-attention")
 PROMPT_TOKENS = 120
 """Of about 90 words, as long as an extended prompt. Both implementations attend to its padding;
 Diffusers is given all of it."""

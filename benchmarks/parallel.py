@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.errors import relative_rms
-from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
+from benchmarks.full_size_experts import PRECISIONS, Forward, diffusers_twin, random_expert
 from benchmarks.gpu_timing import machine, peak_bytes, start_counting_memory
 from wan_model.attention import resolve_backend
 from wan_model.config import T2V_A14B, ParallelDims, TransformerConfig
@@ -41,7 +41,6 @@ CASES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # latents of 81 frames
 TARGETS = {"ulysses": 0.95, "ring": 0.90, "cfg": 0.97}
 WAYS = (*TARGETS, "ring2", "fsdp")
 """ring2: a ring of two times Ulysses, from four GPUs on. fsdp: Ulysses, and weights divided."""
-PRECISIONS = ("bf16", "fp8", "fp8-attention")
 DRY = dataclasses.replace(
     T2V_A14B.transformer, dim=192, num_heads=8, num_layers=2, ffn_dim=256, text_dim=64
 )

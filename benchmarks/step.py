@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.errors import relative_rms
-from benchmarks.full_size_experts import Forward, diffusers_twin, random_expert
+from benchmarks.full_size_experts import PRECISIONS, Forward, diffusers_twin, random_expert
 from benchmarks.gpu_timing import (
     Record,
     machine,
@@ -60,7 +60,6 @@ ORDER = (  # most important first
     ("480p", "bf16", "ours-cudnn"),
     ("480p", "bf16", "ours-plain"),
 )
-PRECISIONS = ("bf16", "fp8", "fp8-attention")
 ERRORS = {  # which of the measured errors a row has
     ("bf16", "ours"): "ours bf16 auto",
     ("fp8", "ours"): "ours fp8 fast_accum=True",

@@ -25,18 +25,13 @@ FLASH_ATTENTION = ("flash-attn-4", "flash-attn", "flash_attn_3")
 
 _TORCH_PROBE = """
 import json, torch
+from wan_model.hopper import has_bindings, is_hopper
 cuda = torch.cuda.is_available()
 num_gpus = torch.cuda.device_count() if cuda else 0
 gpus = [torch.cuda.get_device_properties(i) for i in range(num_gpus)]
-try:
-    from cuda.bindings import nvrtc
-    compiles = int(nvrtc.nvrtcVersion()[0]) == 0
-except Exception:
-    compiles = False
 print(json.dumps({"version": torch.__version__, "built_for": torch.version.cuda,
                   "gpus": [f"{g.name}, {g.total_memory / 2**30:.0f} GiB" for g in gpus],
-                  "hopper": any((g.major, g.minor) == (9, 0) for g in gpus),
-                  "compiles": compiles}))
+                  "hopper": any(map(is_hopper, range(num_gpus))), "compiles": has_bindings()}))
 """
 _AV_PROBE = """
 import json, av

@@ -98,6 +98,17 @@ def test_the_readmes_forwards_are_the_stored_ones() -> None:
     assert told == [float(f"{100 * row['error']:.2g}") for row in made]
 
 
+def test_the_gpu_does_not_wait_in_a_stored_forward() -> None:
+    content = stored("step-h200")
+    rows = {(r["case"], r["precision"]): r for r in content["rows"] if r["impl"] == "ours"}
+    shares = []
+    for profile in content["profile"]:
+        kernels_s = sum(kernel["ms"] for kernel in profile["kernels"]) / 1000
+        shares.append(kernels_s / rows[profile["case"], profile["precision"]]["seconds"])
+    assert len(shares) == 3
+    assert f"{100 * min(shares):.1f} to {100 * max(shares):.1f} % in all three precisions" in SPEED
+
+
 def test_the_readmes_decodes_are_the_stored_ones() -> None:
     rows = {
         (row["case"], row["impl"]): f"{row['seconds']:.2f} s, {row['peak_bytes'] / 1e9:.1f} GB"

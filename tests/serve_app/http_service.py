@@ -30,6 +30,7 @@ from wan_model.config import WAN_TINY, WAN_TINY_I2V, WAN_TINY_TI2V
 
 WAN_CONFIGS = {"wan-tiny": WAN_TINY, "wan-tiny-i2v": WAN_TINY_I2V, "wan-tiny-ti2v": WAN_TINY_TI2V}
 PROFILE = {"num_tokens": 320, "step_high_noise_s": 0.5, "decode_s": 1.0}
+CAT = {"prompt": "a cat", "num_inference_steps": 3}
 
 
 def resolved(
@@ -226,3 +227,17 @@ def picture(width: int, height: int, *, format: str = "PNG", **kwargs: Any) -> b
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "orange").save(buffer, format=format, **kwargs)
     return buffer.getvalue()
+
+
+def assert_error(answer: httpx.Response, status: int, *, param=None, code=None) -> str:
+    """The message of an answer that has the one shape of errors."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert body["error"]["param"] == param
+    if code is not None:
+        assert body["error"]["code"] == code
+    assert "/srv" not in answer.text and "/tmp" not in answer.text
+    return body["error"]["message"]
