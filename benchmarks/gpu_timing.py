@@ -19,6 +19,11 @@ from typing import Any
 import torch
 
 
+def device_of(device: str, *, tiny: bool) -> str:
+    """Where a run takes place: without a GPU a tiny one is a dry run on the CPU."""
+    return "cpu" if tiny and not torch.cuda.is_available() else device
+
+
 def time_s(
     run: Callable[[], object], device: str, *, repeats: int, warm_ups: int = 1
 ) -> list[float]:

@@ -25,7 +25,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import wan_model.engine
 from benchmarks.errors import relative_rms
 from benchmarks.full_size_experts import PRECISIONS, PROMPT_TOKENS, random_expert
-from benchmarks.gpu_timing import Record, machine, peak_bytes, start_counting_memory
+from benchmarks.gpu_timing import Record, device_of, machine, peak_bytes, start_counting_memory
 from benchmarks.vae import random_vae
 from wan_model.config import T2V_A14B, TI2V_5B, WanConfig
 from wan_model.engine import ExpertEngine, VAEEngine
@@ -212,8 +212,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    if args.tiny and not torch.cuda.is_available():
-        args.device = "cpu"
+    args.device = device_of(args.device, tiny=args.tiny)
     Bench(args).run()
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.full_size_experts import random_expert
-from benchmarks.gpu_timing import Record, machine
+from benchmarks.gpu_timing import Record, device_of, machine
 from wan_model.checkpoint_files import load_parameters
 from wan_model.checkpoint_keys import transformer_slots
 from wan_model.config import T2V_A14B, TransformerConfig
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=400)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    args.device = device_of(args.device, tiny=args.tiny)
     with tempfile.TemporaryDirectory(prefix="wan-load-", dir=args.folder) as folder:
         Bench(args, Path(folder)).run()
 

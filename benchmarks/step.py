@@ -22,6 +22,7 @@ from benchmarks.errors import relative_rms
 from benchmarks.full_size_experts import PRECISIONS, Forward, diffusers_twin, random_expert
 from benchmarks.gpu_timing import (
     Record,
+    device_of,
     machine,
     median_s,
     peak_bytes,
@@ -348,8 +349,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    if args.tiny and args.device == "cuda" and not torch.cuda.is_available():
-        args.device = "cpu"
+    args.device = device_of(args.device, tiny=args.tiny)
     bench = Bench(args)
     bench.run(args.cases)
     print(bench.record.content["ceilings"], bench.record.content["errors"], sep="\n")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import (
     Record,
+    device_of,
     machine,
     median_s,
     peak_bytes,
@@ -233,7 +234,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--budget-s", type=float, default=3600)
     parser.add_argument("--output", type=Path, required=True)
-    Bench(parser.parse_args()).run()
+    args = parser.parse_args()
+    args.device = device_of(args.device, tiny=args.tiny)
+    Bench(args).run()
 
 
 if __name__ == "__main__":
